@@ -1,0 +1,254 @@
+"""Which implementation a call takes, and why not the others.
+
+An operation has an ordered tuple of implementations. Each one either takes a call or refuses it with a
+reason. Nothing falls through silently: `explain` shows the decision and every refusal, `implementation=` and
+`use_implementation` force one implementation or raise `NotSupported` with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Triton's own switch. Triton reads it when a kernel is defined, so it cannot change later in a process.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+    "y",
+)
+
+# Triton's interpreter keeps bfloat16 as 16-bit integers and multiplies those. Test support that mends it says so
+# here; until then a bfloat16 product is refused rather than wrong.
+interpreter_multiplies_bfloat16 = False
+
+# The oldest NVIDIA architecture Triton compiles for, and the oldest with bfloat16 tensor cores.
+_MIN_CAPABILITY = (7, 5)
+_MIN_CAPABILITY_BFLOAT16 = (8, 0)
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class NotSupported(NotImplementedError):
+    """An implementation cannot take this call; the message names the value and the bound."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    `refuse(*arguments)` returns the reason why this implementation cannot take the call, or None.
+    `step_aside(*arguments)` returns the reason why it should not be the automatic choice although it could
+    take the call, or None. `describe(*arguments)` says in words what runs. All four callables take the
+    operation's arguments, in the order of the public function's signature, without `implementation`.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None]
+    describe: Callable[..., str]
+    step_aside: Callable[..., str | None] = field(default=lambda *arguments: None)
+    only_by_name: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the implementation chosen and each refusal, in the order they were asked."""
+
+    operation: str
+    implementation: str
+    description: str
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"fastattn.{self.operation} takes {self.implementation!r}: {self.description}"]
+        lines += [f"  not {name!r}: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
+
+
+class Operation:
+    """A public function's argument check and its ordered implementations.
+
+    `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
+    would hand them on; it runs after the check.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., None],
+        implementations: tuple[Implementation, ...],
+        cast: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.cast = cast
+        self.implementations = implementations
+        self.automatic = tuple(i for i in implementations if not i.only_by_name)
+
+    def public(self, function: _F) -> _F:
+        """Decorator: makes `explain` know the public function; returns it unchanged."""
+        _operations[function] = (self, inspect.signature(function))
+        return function
+
+    def __call__(self, requested: str | None, *arguments: Any) -> Any:
+        self.check(*arguments)
+        if self.cast is not None:
+            arguments = self.cast(*arguments)
+        if requested is None:
+            requested = _forced.name
+        if requested is not None:
+            return self._named(requested, *arguments).run(*arguments)
+        for implementation in self.automatic:
+            if implementation.refuse(*arguments) is None and implementation.step_aside(*arguments) is None:
+                return implementation.run(*arguments)
+        raise NotSupported(self._no_implementation(*arguments))
+
+    def explain(self, requested: str | None, *arguments: Any) -> Explanation:
+        self.check(*arguments)
+        if self.cast is not None:
+            arguments = self.cast(*arguments)
+        if requested is None:
+            requested = _forced.name
+        if requested is not None:
+            chosen = self._named(requested, *arguments)
+            others = {i.name: f"{requested!r} was asked for by name" for i in self.implementations}
+            del others[chosen.name]
+            return Explanation(self.name, chosen.name, chosen.describe(*arguments), others)
+        refusals: dict[str, str] = {}
+        choice: Implementation | None = None
+        for implementation in self.implementations:
+            reason = self._automatic_refusal(implementation, choice, *arguments)
+            if reason is None:
+                choice = implementation
+            else:
+                refusals[implementation.name] = reason
+        if choice is None:
+            raise NotSupported(self._no_implementation(*arguments))
+        return Explanation(self.name, choice.name, choice.describe(*arguments), refusals)
+
+    def _automatic_refusal(
+        self, implementation: Implementation, choice: Implementation | None, *arguments: Any
+    ) -> str | None:
+        if implementation.only_by_name:
+            return "runs only when asked for by name"
+        reason = implementation.refuse(*arguments) or implementation.step_aside(*arguments)
+        if reason is None and choice is not None:
+            return f"{choice.name!r} comes first"
+        return reason
+
+    def _named(self, name: str, *arguments: Any) -> Implementation:
+        for implementation in self.implementations:
+            if implementation.name == name:
+                reason = implementation.refuse(*arguments)
+                if reason is not None:
+                    raise NotSupported(f"fastattn.{self.name}, implementation={name!r}: {reason}")
+                return implementation
+        known = ", ".join(repr(i.name) for i in self.implementations)
+        raise ValueError(f"implementation={name!r} is unknown; fastattn.{self.name} has {known}")
+
+    def _no_implementation(self, *arguments: Any) -> str:
+        reasons = "; ".join(f"{i.name}: {i.refuse(*arguments)}" for i in self.automatic)
+        return f"no implementation of fastattn.{self.name} takes this call ({reasons})"
+
+
+_operations: dict[Callable[..., Any], tuple[Operation, inspect.Signature]] = {}
+
+IMPLEMENTATION_NAMES = ("triton", "torch", "reference")
+
+
+@contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Forces one implementation of every operation within the block, in this thread.
+
+    Args:
+        name: "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: the name is none of these.
+        NotSupported: from the calls inside, where that implementation cannot take them.
+
+    A call's own `implementation=` argument goes before the block's.
+    """
+    if name not in IMPLEMENTATION_NAMES:
+        known = ", ".join(map(repr, IMPLEMENTATION_NAMES))
+        raise ValueError(f"implementation={name!r} is unknown; there are {known}")
+    previous = _forced.name
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = previous
+
+
+def explain(operation: Callable[..., Any] | Tensor, /, *arguments: Any, **keywords: Any) -> Explanation:
+    """Says which implementation a call takes, and why not the others, without running it.
+
+    Args:
+        operation: a public function, as in `explain(fastattn.gelu, x, approximate="tanh")`. A tensor stands
+            for `fastattn.attention` with that query, as in `explain(q, k, v, causal="top_left")`.
+        arguments, keywords: the call's arguments.
+
+    Returns:
+        An `Explanation` with `implementation`, `description` and `refusals`; print it.
+
+    Raises:
+        Whatever the call itself would raise for its arguments.
+    """
+    if isinstance(operation, Tensor):
+        arguments = (operation, *arguments)
+        operation = next(function for function in _operations if function.__name__ == "attention")
+    if operation not in _operations:
+        known = ", ".join(f"fastattn.{known_operation.name}" for known_operation, _ in _operations.values())
+        raise ValueError(f"explain() knows {known}; not {operation!r}")
+    found, signature = _operations[operation]
+    bound = signature.bind(*arguments, **keywords)
+    bound.apply_defaults()
+    requested = bound.arguments.pop("implementation", None)
+    return found.explain(requested, *bound.arguments.values())
+
+
+def refuse_triton(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run on this tensor's device in this dtype, or None."""
+    if not tensor.is_cuda:
+        if INTERPRETING and tensor.device.type == "cpu":
+            return None if dtype in TRITON_DTYPES else refuse_dtype(dtype)
+        if not HAS_TRITON:
+            return "Triton is not installed"
+        return "the tensors are not on a GPU (Triton's interpreter, TRITON_INTERPRET=1, is off)"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return refuse_dtype(dtype)
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        least = _MIN_CAPABILITY_BFLOAT16 if dtype == torch.bfloat16 else _MIN_CAPABILITY
+        if capability < least:
+            return f"compute capability {capability} is below {least} for {dtype}"
+    return None
+
+
+def refuse_dtype(dtype: torch.dtype) -> str:
+    """The refusal of a dtype that no Triton kernel takes."""
+    return f"dtype={dtype} is not one of float16, bfloat16, float32"

@@ -1,0 +1,1 @@
+"""One file an operation: checks, registered operators, autograd Function, public function."""

@@ -1,0 +1,63 @@
+"""What the autograd Functions share: which path a call takes, and gradients of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import NotSupported
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call on these tensors; without it the op runs at less host cost."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` that can themselves be differentiated.
+
+    A kernel's backward has no derivative of its own. Where a caller asks for one (`create_graph=True`), the
+    backward is computed from PyTorch's operators instead, so that a second derivative is never silently
+    dropped.
+    """
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+    with torch.enable_grad():
+        output = function(*inputs)
+        gradients = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return [
+        next(gradients) if need and t is not None else None for t, need in zip(inputs, needed, strict=True)
+    ]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on unchanged; its own backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise NotSupported(
+            f"{ctx.name} has no second derivative; implementation='reference' has one, in quadratic memory"
+        )
+
+
+def refuse_second_derivative(
+    name: str, gradients: Sequence[Tensor], sources: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The gradients, tied to what they were made from, so that differentiating them raises.
+
+    Without the tie autograd would take them for constants and drop their part of a second derivative.
+    """
+    tied = [t for t in sources if t is not None and t.requires_grad]
+    return [_NoSecondDerivative.apply(name, gradient, *tied) if tied else gradient for gradient in gradients]

@@ -1,0 +1,42 @@
+"""Argument checks shared by the public functions: each error names the value and the bound."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raises TypeError for an argument that is no floating-point tensor; None stands for one not given."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype={tensor.dtype}; a floating-point dtype is needed")
+
+
+def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError for a tensor on another device than the first."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{name} is on {other.device}, but {first} is on {tensor.device}")
+
+
+def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError where (batch, heads, seq, head_dim) shapes do not fit together."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; "
+            "(batch, heads, seq, head_dim), so 4, are needed"
+        )
+    batch, heads, _, head_dim = q.shape
+    kv_batch, kv_heads, _, kv_head_dim = k.shape
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; they must be equal")
+    if batch != kv_batch:
+        raise ValueError(f"k has batch={kv_batch}, but q has batch={batch}")
+    if head_dim != kv_head_dim:
+        raise ValueError(f"k has head_dim={kv_head_dim}, but q has head_dim={head_dim}")
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"q's heads={heads} must be a multiple of k's heads={kv_heads}")

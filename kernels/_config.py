@@ -1,0 +1,203 @@
+"""Launch configs as frozen data, and the pure functions that choose one from shape, dtype and target.
+
+A config says where it came from: measured on a device, or compiled and read. None here has been measured on a
+GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.kernels._target import KNOWN_TARGETS, Target
+
+
+@dataclass(frozen=True)
+class GeluConfig:
+    """Launch config of both GELU kernels: elements a program computes, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def select_gelu_config(target: Target) -> GeluConfig:
+    """8 elements a thread: one 16-byte load in 16-bit types, two in float32."""
+    return GeluConfig(block=1024, num_warps=2 if target.backend == "hip" else 4)
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """A tile of the score matrix, block_m queries by block_n keys, and how its program is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch configs of the attention kernels.
+
+    `separate_dk_dv` computes dk and dv in a launch each: eight products instead of seven, but one accumulator a
+    program instead of two, which is what fits at large head dimensions.
+    """
+
+    forward: AttentionTiles
+    dq: AttentionTiles
+    dk_dv: AttentionTiles
+    separate_dk_dv: bool = False
+    delta: AttentionTiles = AttentionTiles(64, 0, 4, 1)
+
+
+_INTERPRETED = AttentionTiles(32, 32, 1, 1)
+
+# By family of targets, bits of the dtype and padded head dimension: (block_m, block_n, num_warps, num_stages). All
+# of them compiled and read (no spills, shared memory within the limit, HGMMA on sm_90; `make inspect`), and chosen
+# by registers: the largest tile that does not spill. None is measured.
+_ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
+    ("hopper", 16, 64): AttentionConfig(
+        AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 128, 8, 2)
+    ),
+    ("hopper", 16, 128): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 64, 8, 2)
+    ),
+    ("hopper", 16, 256): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 64, 8, 2), True
+    ),
+    ("ampere", 16, 64): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2)
+    ),
+    ("ampere", 16, 128): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 64, 8, 2), AttentionTiles(32, 64, 8, 2)
+    ),
+    ("ampere", 16, 256): AttentionConfig(
+        AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 32, 8, 2), AttentionTiles(32, 32, 8, 2)
+    ),
+    # 64 KB of shared memory: AMD's CDNA, and NVIDIA's Turing.
+    ("small", 16, 64): AttentionConfig(
+        AttentionTiles(128, 64, 8, 1), AttentionTiles(64, 64, 8, 1), AttentionTiles(32, 64, 4, 1)
+    ),
+    ("small", 16, 128): AttentionConfig(
+        AttentionTiles(64, 64, 8, 1), AttentionTiles(64, 32, 8, 1), AttentionTiles(32, 64, 8, 1)
+    ),
+    ("small", 16, 256): AttentionConfig(
+        AttentionTiles(32, 32, 8, 1), AttentionTiles(16, 32, 8, 1), AttentionTiles(16, 32, 8, 1), True
+    ),
+    # float32 has no tensor cores here (full precision): plain multiply-adds from shared memory.
+    ("hopper", 32, 64): AttentionConfig(
+        AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 32, 8, 1), AttentionTiles(32, 32, 8, 1)
+    ),
+    ("hopper", 32, 128): AttentionConfig(
+        AttentionTiles(32, 16, 8, 1), AttentionTiles(32, 16, 8, 1), AttentionTiles(16, 32, 8, 1)
+    ),
+    ("hopper", 32, 256): AttentionConfig(
+        AttentionTiles(32, 16, 8, 1), AttentionTiles(16, 16, 8, 1), AttentionTiles(16, 16, 8, 1)
+    ),
+}
+_ATTENTION |= {
+    (family, 32, width): _ATTENTION["hopper", 32, width]
+    for family in ("ampere", "small")
+    for width in (64, 128, 256)
+}
+
+
+def select_attention_config(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    """The tiles for a head dimension up to 256, a dtype and a target."""
+    if target.backend == "interpreter":
+        return AttentionConfig(_INTERPRETED, _INTERPRETED, _INTERPRETED, delta=_INTERPRETED)
+    bits = 32 if dtype == torch.float32 else 16
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return _ATTENTION[_attention_family(target), bits, width]
+
+
+def _attention_family(target: Target) -> str:
+    if target.shared_memory >= KNOWN_TARGETS["sm_90"].shared_memory:
+        return "hopper"
+    return "ampere" if target.shared_memory >= KNOWN_TARGETS["sm_86"].shared_memory else "small"
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """Launch config of one LayerNorm kernel: its tile of rows and columns, its warps and pipeline stages.
+
+    Where `block_n` is below the width, a row is walked in column tiles.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class LayerNormBackwardConfig:
+    """Launch configs of the LayerNorm backward.
+
+    Attributes:
+        walk: the kernel that walks all rows with a fixed number of programs, for dweight and dbias, and for
+            dx where its tile holds a whole row.
+        dx: the kernel that computes dx in column tiles; None where `walk` does.
+        sums: the kernel that adds up the programs' partial sums; its tile is partial sums by columns.
+        programs: how many programs walk the rows. It does not depend on the number of rows.
+    """
+
+    walk: LayerNormConfig
+    dx: LayerNormConfig | None
+    sums: LayerNormConfig
+    programs: int
+
+
+def select_layer_norm_forward_config(width: int, dtype: torch.dtype, target: Target) -> LayerNormConfig:
+    """A tile of whole rows up to 32,768 columns, column tiles above.
+
+    Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight,
+    and 32 warps, the most there can be, hold 32,768 columns in their 64 registers a thread without spills.
+    """
+    if target.backend == "interpreter":
+        return LayerNormConfig(block_m=4, block_n=min(_power_of_2(width), 256), num_warps=1)
+    block_n = _power_of_2(width)
+    if block_n > 32_768:
+        return LayerNormConfig(1, 8192, _warps(8, target))
+    # Above 64 rows, what a row needs besides its columns begins to spill.
+    return LayerNormConfig(min(max(4096 // block_n, 1), 64), block_n, _warps(max(block_n // 1024, 4), target))
+
+
+def select_layer_norm_backward_config(
+    width: int, dtype: torch.dtype, target: Target
+) -> LayerNormBackwardConfig:
+    """Everything in one launch up to 8,192 columns; above, dx in column tiles and the parameters apart.
+
+    Compiled and read, not measured: with both sums of a column kept in registers, 16 elements a thread need
+    about 115 registers, which is two programs of 8 warps or one of 16 a multiprocessor.
+    """
+    if target.backend == "interpreter":
+        tile = LayerNormConfig(block_m=4, block_n=min(_power_of_2(width), 256), num_warps=1)
+        dx = tile if width > tile.block_n else None
+        return LayerNormBackwardConfig(tile, dx, sums=LayerNormConfig(4, 64, 1), programs=2)
+    block_n = _power_of_2(width)
+    sums = LayerNormConfig(64, 32, _warps(4, target))
+    # The next rows' loads are in flight while one is computed, where there are asynchronous copies.
+    num_stages = 1
+    if target.backend == "cuda" and int(target.arch) >= 80:
+        num_stages = 3 if target.shared_memory > 160_000 else 2
+    if block_n > 8192:
+        walk = LayerNormConfig(4, 512, _warps(4, target), num_stages)
+        dx = LayerNormConfig(1, 4096, _warps(8, target))
+        return LayerNormBackwardConfig(walk, dx, sums, programs=8 * target.multiprocessors)
+    block_m = min(max(4096 // block_n, 1), 64)
+    walk = LayerNormConfig(block_m, block_n, _warps(16 if block_n > 4096 else 8, target), num_stages)
+    return LayerNormBackwardConfig(
+        walk, None, sums, programs=target.multiprocessors * (1 if block_n > 4096 else 2)
+    )
+
+
+def _power_of_2(size: int) -> int:
+    """The least power of 2 that is not below size."""
+    return 1 << (size - 1).bit_length()
+
+
+def _warps(count: int, target: Target) -> int:
+    """Warps of 32 threads, as this target's number of warps: AMD's hold 64."""
+    return count // 2 if target.backend == "hip" else count

@@ -1,0 +1,74 @@
+"""Small maths shared by kernels: no loads, no stores, no program ids."""
+
+import triton
+import triton.language as tl
+
+# tl.constexpr, because a jit function may read no other globals.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# sqrt(2 / pi) and the cubic coefficient of the tanh form (Hendrycks and Gimpel, 2016, section 2).
+_TANH_SCALE = tl.constexpr(0.7978845608028654)
+_TANH_CUBIC = tl.constexpr(0.044715)
+
+
+# In the interpreter a constexpr times a tensor is a constexpr: constants stand to the right of tensors.
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    """GELU of a float32 tile: x * Phi(x), or its tanh form.
+
+    (1 + tanh(u)) / 2 is written as sigmoid(2 u): one exponential, and no cancellation where u is very
+    negative.
+    """
+    if TANH:
+        return x * _sigmoid((x + x * x * x * _TANH_CUBIC) * (2.0 * _TANH_SCALE))
+    else:
+        return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+
+
+@triton.jit
+def _gelu_derivative(x, TANH: tl.constexpr):
+    """d gelu(x) / dx of a float32 tile."""
+    if TANH:
+        probability = _sigmoid((x + x * x * x * _TANH_CUBIC) * (2.0 * _TANH_SCALE))
+        slope = (1.0 + x * x * (3.0 * _TANH_CUBIC)) * (2.0 * _TANH_SCALE)
+        # x * sigmoid'(2 u): zero where sigmoid has saturated, also when x * slope has overflowed.
+        tail = probability * (1.0 - probability)
+        return probability + tl.where(tail == 0.0, 0.0, x * slope * tail)
+    else:
+        density = tl.exp2(-x * x * (0.5 * LOG2_E)) * _INV_SQRT_2PI
+        # Where the density is zero, x may be infinite.
+        return 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + tl.where(density == 0.0, 0.0, x * density)
+
+
+@triton.jit
+def _modified_scores(products, rows, keys, scale_log2):
+    """Scores in base 2, from products q . k: the one place where a score is modified, forward and backward.
+
+    rows and keys are the positions, shaped to broadcast against the products.
+    """
+    return products * scale_log2
+
+
+@triton.jit
+def _online_softmax_step(scores, row_max, row_sum):
+    """One tile of the softmax over a row that is seen tile by tile (Milakov and Gimelshein, 2018, algorithm 3).
+
+    scores: (BLOCK_M, BLOCK_N) in base 2, -inf where masked. row_max, row_sum: (BLOCK_M,), of the tiles before.
+    Returns the tile's weights relative to the new maximum, the factor for what was summed relative to the old
+    one, and the new maximum and sum.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # A row that has seen no key yet has maximum -inf: a finite pivot makes its weights 0 and not NaN.
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - pivot[:, None])
+    rescale = tl.exp2(row_max - pivot)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)

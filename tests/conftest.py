@@ -1,0 +1,30 @@
+"""What all tests share: without a GPU, Triton kernels run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+# Before anything imports Triton, which reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastattn import dispatch
+from tests.interpreter import mend_bfloat16
+
+if dispatch.INTERPRETING:
+    mend_bfloat16()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,52 @@
+"""Mends Triton's interpreter for tests, where it computes something else than a GPU would.
+
+The interpreter keeps bfloat16 as 16-bit integers (Triton 3.6 to 3.9). Its `tl.dot` multiplies those integers, and
+its conversion from float32 truncates where a GPU rounds to nearest even.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def mend_bfloat16() -> None:
+    """Makes `tl.dot` on bfloat16 operands and conversions to bfloat16 what a GPU computes."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from fastattn import dispatch
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+    plain_convert = interpreter._convert_float
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return plain_dot(self, widened(a), widened(b), *others)
+
+    def widened(handle: Any) -> Any:
+        # Exact, and what tensor cores do: they multiply bfloat16 and accumulate in float32.
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(_to_float32(handle.data), tl.float32)
+
+    def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return _to_bfloat16(data)
+        if source == tl.bfloat16 and target == tl.float32:
+            return _to_float32(data)
+        return plain_convert(data, source, target, rounding_mode)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    dispatch.interpreter_multiplies_bfloat16 = True
+
+
+def _to_bfloat16(data: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, rounded to nearest even."""
+    contiguous = np.ascontiguousarray(data)
+    rounded = torch.from_numpy(contiguous).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,66 @@
+"""The mended interpreter computes bfloat16 as a GPU does; unmended, it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastattn import dispatch
+
+pytestmark = pytest.mark.skipif(not dispatch.INTERPRETING, reason="Triton's interpreter is off")
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    rows = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    c = tl.dot(tl.load(a_ptr + rows), tl.load(b_ptr + rows))
+    tl.store(c_ptr + rows, c.to(c_ptr.dtype.element_ty))
+
+
+def _product(dtype: torch.dtype, out: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(16, 16, generator=generator).to(dtype) for _ in range(2))
+    c = torch.empty(16, 16, dtype=out)
+    _product_kernel[(1,)](a_ptr=a, b_ptr=b, c_ptr=c, SIZE=16)
+    return c, a.float() @ b.float()
+
+
+def test_bfloat16_dot_is_exact_up_to_float32() -> None:
+    c, expected = _product(torch.bfloat16, torch.float32)
+    torch.testing.assert_close(c, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_conversion_to_bfloat16_rounds_to_nearest_even() -> None:
+    c, expected = _product(torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(c, expected.to(torch.bfloat16), atol=0, rtol=2**-8)
+    halfway = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, float("inf"), float("nan"), 3.4e38])
+    halfway = halfway.repeat(43)[:256].reshape(16, 16).contiguous()
+    rounded = torch.empty(16, 16, dtype=torch.bfloat16)
+    _product_kernel[(1,)](a_ptr=torch.eye(16), b_ptr=halfway.nan_to_num(0, 0, 0), c_ptr=rounded, SIZE=16)
+    assert torch.equal(rounded, halfway.nan_to_num(0, 0, 0).to(torch.bfloat16))
+
+
+def test_the_mending_is_needed() -> None:
+    """When a Triton release multiplies bfloat16 rightly by itself, this fails and tests/interpreter.py can go."""
+    from triton.runtime import interpreter
+
+    mended = interpreter.InterpreterBuilder.create_dot
+    plain = mended.__closure__[[*mended.__code__.co_freevars].index("plain_dot")].cell_contents
+    interpreter.InterpreterBuilder.create_dot = plain
+    try:
+        c, expected = _product(torch.bfloat16, torch.float32)
+    finally:
+        interpreter.InterpreterBuilder.create_dot = mended
+    assert (c - expected).abs().max() > 1e3
+
+
+def test_unmended_bfloat16_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastattn
+
+    monkeypatch.setattr(dispatch, "interpreter_multiplies_bfloat16", False)
+    q = torch.ones(1, 1, 4, 16, dtype=torch.bfloat16)
+    assert fastattn.explain(q, q, q).implementation == "torch"
+    with pytest.raises(fastattn.NotSupported, match="interpreter multiplies bfloat16 as integers"):
+        fastattn.attention(q, q, q, implementation="triton")

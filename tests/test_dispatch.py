@@ -1,0 +1,165 @@
+"""explain, use_implementation, and the choice between implementations."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch
+from fastattn.dispatch import Implementation, NotSupported, Operation
+
+
+def _operation(*refusals: str | None) -> Operation:
+    implementations = tuple(
+        Implementation(
+            f"way{i}",
+            run=lambda x, i=i: i,
+            refuse=lambda x, reason=reason: reason,
+            describe=lambda x, i=i: f"way number {i}",
+        )
+        for i, reason in enumerate(refusals)
+    )
+    return Operation("made_up", lambda x: None, implementations)
+
+
+def test_the_first_that_takes_the_call_runs() -> None:
+    assert _operation(None, None)(None, 0) == 0
+    assert _operation("too wide", None)(None, 0) == 1
+
+
+def test_every_refusal_is_named_when_none_takes_the_call() -> None:
+    with pytest.raises(NotSupported, match=r"made_up takes this call \(way0: too wide; way1: too long\)"):
+        _operation("too wide", "too long")(None, 0)
+
+
+def test_explain_names_the_choice_and_each_refusal() -> None:
+    explanation = _operation("too wide", None, None).explain(None, 0)
+    assert explanation.implementation == "way1"
+    assert explanation.refusals == {"way0": "too wide", "way2": "'way1' comes first"}
+    assert str(explanation).splitlines() == [
+        "fastattn.made_up takes 'way1': way number 1",
+        "  not 'way0': too wide",
+        "  not 'way2': 'way1' comes first",
+    ]
+
+
+def test_explain_agrees_with_what_runs(device: torch.device) -> None:
+    x = torch.ones(2, 3, device=device)
+    q = torch.ones(1, 1, 4, 16, device=device)
+    for function, arguments in (
+        (fastattn.gelu, (x,)),
+        (fastattn.layer_norm, (x, (3,))),
+        (fastattn.attention, (q, q, q)),
+        (fastattn.scaled_dot_product_attention, (q, q, q)),
+    ):
+        explanation = fastattn.explain(function, *arguments)
+        assert explanation.operation == function.__name__
+        assert explanation.implementation == "triton"
+        assert explanation.refusals["reference"] == "runs only when asked for by name"
+    assert fastattn.explain(fastattn.gelu, x.double()).implementation == "torch"
+    assert fastattn.explain(q, q, q).operation == "attention"
+    assert fastattn.explain(fastattn.gelu, x, implementation="torch").implementation == "torch"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(attn_mask=torch.ones(4, 4, dtype=torch.bool)), "attn_mask is not fused yet"),
+        (dict(dropout_p=0.5), "dropout_p=0.5 is not fused yet"),
+        (dict(query=torch.ones(1, 4, 16)), "only 4-D"),
+        (dict(query=torch.ones(1, 2, 4, 16)), "head counts differ without enable_gqa"),
+        (dict(value=torch.ones(1, 1, 4, 8)), "k has shape"),
+        (dict(query=torch.ones(2, 1, 4, 16)), "k has batch=1, but q has batch=2"),
+        (dict(key=torch.ones(1, 1, 4, 16, dtype=torch.float64)), "the dtypes differ"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_fused_goes_to_pytorch(change: dict, reason: str) -> None:
+    arguments = dict.fromkeys(("query", "key", "value"), torch.ones(1, 1, 4, 16)) | change
+    explanation = fastattn.explain(fastattn.scaled_dot_product_attention, **arguments)
+    assert explanation.implementation == "torch"
+    assert explanation.refusals["triton"].startswith(reason)
+    assert explanation.description == "torch.nn.functional.scaled_dot_product_attention"
+
+
+def test_explain_says_why_blocks_of_pytorch_run() -> None:
+    q, k = torch.ones(1, 1, 4, 16, dtype=torch.float64), torch.ones(1, 1, 6, 16, dtype=torch.float64)
+    assert "no bottom-right alignment" in fastattn.explain(q, k, k, causal="bottom_right").description
+    assert "does not return the log-sum-exp" in fastattn.explain(q, k, k, return_lse=True).description
+
+
+def test_explain_knows_public_functions_only() -> None:
+    with pytest.raises(ValueError, match=r"explain\(\) knows fastattn.*; not <built-in function len>"):
+        fastattn.explain(len, [])
+    with pytest.raises(TypeError, match="missing a required argument: 'k'"):
+        fastattn.explain(torch.ones(1, 1, 4, 16))
+
+
+def test_use_implementation_forces_restores_and_nests() -> None:
+    x = torch.ones(3)
+    with fastattn.use_implementation("reference"):
+        assert fastattn.explain(fastattn.gelu, x).implementation == "reference"
+        with fastattn.use_implementation("torch"):
+            assert fastattn.explain(fastattn.gelu, x).implementation == "torch"
+            assert (
+                fastattn.explain(fastattn.gelu, x, implementation="reference").implementation == "reference"
+            )
+        assert fastattn.explain(fastattn.gelu, x).implementation == "reference"
+    assert fastattn.explain(fastattn.gelu, x).implementation != "reference"
+
+
+def test_use_implementation_is_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), fastattn.use_implementation("reference"):
+        raise KeyError
+    assert dispatch._forced.name is None
+
+
+def test_use_implementation_holds_in_its_own_thread_only() -> None:
+    found: list[str | None] = []
+    with fastattn.use_implementation("torch"):
+        thread = threading.Thread(target=lambda: found.append(dispatch._forced.name))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+def test_use_implementation_raises_where_it_cannot_serve() -> None:
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    q = torch.ones(1, 1, 4, 16)
+    with (
+        fastattn.use_implementation("triton"),
+        pytest.raises(NotSupported, match="implementation='triton': attn_mask is not fused yet"),
+    ):
+        fastattn.scaled_dot_product_attention(q, q, q, mask)
+    with (
+        pytest.raises(ValueError, match="'cuda' is unknown; there are 'triton', 'torch', 'reference'"),
+        fastattn.use_implementation("cuda"),
+    ):
+        pass
+
+
+def test_use_implementation_holds_under_compile() -> None:
+    """A compiled function follows the block that it is called in, and is compiled again when that changes."""
+    compiled = torch.compile(lambda x: fastattn.gelu(x), fullgraph=True, backend="eager")
+    x = torch.linspace(-3, 3, 50)
+    for name in ("reference", "torch", "triton"):
+        with fastattn.use_implementation(name):
+            assert torch.equal(compiled(x), fastattn.gelu(x, implementation=name))
+
+
+def test_cpu_without_the_interpreter_takes_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    explanation = fastattn.explain(fastattn.gelu, torch.ones(3))
+    assert explanation.implementation == "torch"
+    assert explanation.refusals["triton"].startswith("the tensors are not on a GPU")
+
+
+def test_without_triton_everything_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    q = torch.ones(1, 1, 4, 16)
+    assert fastattn.explain(q, q, q).refusals["triton"] == "Triton is not installed"
+    assert fastattn.attention(q, q, q, causal=True).shape == q.shape
