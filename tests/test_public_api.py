@@ -1,0 +1,73 @@
+"""The public names, and that functions which mirror PyTorch's have its signature."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+
+def test_all_names_exist_and_are_documented() -> None:
+    for name in fastattn.__all__:
+        member = getattr(fastattn, name)
+        if name != "__version__":
+            assert inspect.getdoc(member), f"fastattn.{name} has no docstring"
+
+
+def test_layer_norm_has_pytorchs_arguments() -> None:
+    theirs = list(inspect.signature(F.layer_norm).parameters)
+    ours = inspect.signature(fastattn.layer_norm).parameters
+    assert len(theirs) == 5 and list(ours)[1:5] == theirs[1:]
+    assert list(ours)[5:] == ["implementation"]
+    assert ours["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_scaled_dot_product_attention_has_pytorchs_signature() -> None:
+    """PyTorch's is a builtin; its signature stands at the head of its documentation."""
+    text = F.scaled_dot_product_attention.__doc__.split("->")[0]
+    theirs = re.findall(r"(\w+)(?:=([\w.]+))?(?=[,)])", text[text.index("(") :])
+    ours = [
+        (p.name, "" if p.default is inspect.Parameter.empty else str(p.default))
+        for p in inspect.signature(fastattn.scaled_dot_product_attention).parameters.values()
+    ]
+    assert ours == theirs
+
+
+def test_scaled_dot_product_attention_matches_pytorch() -> None:
+    """Calls that are fused and calls that are handed on, positional and by keyword."""
+    q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 7, 16)
+    mask = torch.rand(9, 7) > 0.3
+    for arguments in (
+        dict(enable_gqa=True),
+        dict(enable_gqa=True, is_causal=True, scale=0.1),
+        dict(enable_gqa=True, attn_mask=mask),
+        dict(enable_gqa=True, attn_mask=mask.float()),
+    ):
+        expected = F.scaled_dot_product_attention(q, k, k, **arguments)
+        torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, k, **arguments), expected)
+        with fastattn.use_implementation("reference"):
+            torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, k, **arguments), expected)
+    flat = torch.randn(9, 16)
+    torch.testing.assert_close(
+        fastattn.scaled_dot_product_attention(flat, flat, flat, None, 0.0, True),
+        F.scaled_dot_product_attention(flat, flat, flat, None, 0.0, True),
+    )
+
+
+def test_import_changes_nothing_in_pytorch() -> None:
+    import subprocess
+    import sys
+
+    script = (
+        "import torch.nn.functional as F, torch\n"
+        "before = F.scaled_dot_product_attention, F.layer_norm, F.gelu, torch.get_float32_matmul_precision()\n"
+        "import fastattn\n"
+        "after = F.scaled_dot_product_attention, F.layer_norm, F.gelu, torch.get_float32_matmul_precision()\n"
+        "print(before == after)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
