@@ -242,11 +242,19 @@ def refuse_triton(tensor: Tensor, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return refuse_dtype(dtype)
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(tensor.device)
+        capability = _capability(tensor.device.index)
         least = _MIN_CAPABILITY_BFLOAT16 if dtype == torch.bfloat16 else _MIN_CAPABILITY
         if capability < least:
             return f"compute capability {capability} is below {least} for {dtype}"
     return None
+
+
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result sets; that function would import the compiler.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_dtype(dtype: torch.dtype) -> str:

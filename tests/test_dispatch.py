@@ -163,3 +163,34 @@ def test_without_triton_everything_still_runs(monkeypatch: pytest.MonkeyPatch) -
     q = torch.ones(1, 1, 4, 16)
     assert fastattn.explain(q, q, q).refusals["triton"] == "Triton is not installed"
     assert fastattn.attention(q, q, q, causal=True).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, reason",
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((8, 0), torch.bfloat16, None),
+        ((7, 5), torch.float16, None),
+        ((7, 5), torch.bfloat16, r"compute capability (7, 5) is below (8, 0) for torch.bfloat16"),
+        ((7, 0), torch.float16, r"compute capability (7, 0) is below (7, 5) for torch.float16"),
+        ((9, 0), torch.float64, r"dtype=torch.float64 is not one of float16, bfloat16, float32"),
+    ],
+    ids=str,
+)
+def test_a_gpu_is_refused_by_capability_and_dtype(
+    capability: tuple[int, int], dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors that only claim to be on a GPU, also while the compiler traces."""
+    from torch._subclasses import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    with FakeTensorMode(), monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        x = torch.empty(3, device="cuda:0", dtype=dtype)
+        assert dispatch.refuse_triton(x, dtype) == reason
+
+
+def test_the_capability_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    compiled = torch.compile(lambda x: x * dispatch._capability(3)[1], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
