@@ -91,7 +91,7 @@ class Operation:
     """A public function's argument check and its ordered implementations.
 
     `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
-    would hand them on; it runs after the check.
+    would hand them on; it runs after the check, where autocast is on for the device of the first argument.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Operation:
 
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
         self.check(*arguments)
-        if self.cast is not None:
+        if self.cast is not None and torch.is_autocast_enabled(arguments[0].device.type):
             arguments = self.cast(*arguments)
         if requested is None:
             requested = _forced.name
@@ -127,7 +127,7 @@ class Operation:
 
     def explain(self, requested: str | None, *arguments: Any) -> Explanation:
         self.check(*arguments)
-        if self.cast is not None:
+        if self.cast is not None and torch.is_autocast_enabled(arguments[0].device.type):
             arguments = self.cast(*arguments)
         if requested is None:
             requested = _forced.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +139,6 @@ def _check(
 
 def _cast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...]:
     """Autocast as for PyTorch's operator: every operand but float64 takes the autocast dtype."""
-    if not torch.is_autocast_enabled(q.device.type):
-        return (q, k, v, *others)
     dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (q, k, v))
     return (q, k, v, *others)
@@ -150,9 +148,9 @@ def _refuse_triton(q: Tensor, *others: Any) -> str | None:
     reason = dispatch.refuse_triton(q, q.dtype)
     if reason is not None:
         return reason
-    if q.size(3) > _MAX_HEAD_DIM:
-        return f"head_dim={q.size(3)} is above {_MAX_HEAD_DIM}"
-    if q.size(3) == 0:
+    if q.size(-1) > _MAX_HEAD_DIM:
+        return f"head_dim={q.size(-1)} is above {_MAX_HEAD_DIM}"
+    if q.size(-1) == 0:
         return "head_dim=0 is below 1"
     if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
@@ -217,6 +215,32 @@ _ATTENTION = Operation(
     ),
     cast=_cast,
 )
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @_ATTENTION.public
@@ -285,6 +309,9 @@ def _refuse_triton_sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> str | None:
+    reason = _refuse_triton(query)
+    if reason is not None:
+        return reason
     if attn_mask is not None:
         return "attn_mask is not fused yet"
     if dropout_p > 0.0:
@@ -300,7 +327,7 @@ def _refuse_triton_sdpa(
         check_same_device("query", query, key=key, value=value)
     except ValueError as error:
         return str(error)
-    return _refuse_triton(query)
+    return None
 
 
 _SDPA = Operation(

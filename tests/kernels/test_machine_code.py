@@ -41,13 +41,17 @@ def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
 
 
 def test_shared_memory_is_within_the_limit(rows: list[dict[str, Any]]) -> None:
-    assert not [(row["case"], row["kernel"], row["shared"]) for row in rows if row["shared"] > row["shared_limit"]]
+    assert not [
+        (row["case"], row["kernel"], row["shared"]) for row in rows if row["shared"] > row["shared_limit"]
+    ]
     assert any(row["shared"] > 0 for row in rows)
 
 
 def test_16_bit_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
     """Hopper's own instruction on sm_90: HMMA there is the slow path."""
-    products = [row for row in rows if row["kernel"] in ("attention_forward", "attention_dq", "attention_dk_dv")]
+    products = [
+        row for row in rows if row["kernel"] in ("attention_forward", "attention_dq", "attention_dk_dv")
+    ]
     sixteen_bit = [row for row in products if "bf16" in row["case"]]
     assert sixteen_bit
     for row in sixteen_bit:

@@ -1,0 +1,261 @@
+"""Modules in the place of torch.nn's: the same parameters, initial values and state dicts, other kernels.
+
+Each takes `implementation=` ("triton", "torch", "reference", or None for the first that can), as fastattn's
+functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.dispatch import NotSupported, use_implementation
+from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.gelu import gelu
+from fastattn.ops.layer_norm import layer_norm
+
+__all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` by `fastattn.layer_norm`; the arguments before `implementation` are its own."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.implementation = implementation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, implementation=self.implementation
+        )
+
+
+class GELU(torch.nn.GELU):
+    """`torch.nn.GELU` by `fastattn.gelu`."""
+
+    def __init__(self, approximate: str = "none", *, implementation: str | None = None) -> None:
+        super().__init__(approximate)
+        self.implementation = implementation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input, self.approximate, implementation=self.implementation)
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` by `fastattn.attention`, for self- and cross-attention.
+
+    Differs from torch.nn's in what it is made for: `batch_first` is True by default, attention weights are
+    never returned (fused kernels do not hold them), and `is_causal` works without a mask beside it.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as torch.nn's.
+        add_bias_kv, add_zero_attn: accepted only as False.
+        implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
+
+    Raises:
+        ValueError: embed_dim is not divisible by num_heads.
+        NotSupported: `add_bias_kv` or `add_zero_attn` is true.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        implementation: str | None = None,
+    ) -> None:
+        for name, asked in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+            if asked:
+                raise NotSupported(f"{name}=True is not supported: it appends a key outside the sequence")
+        if num_heads > 0 and embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} must be divisible by num_heads={num_heads}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, False, False, kdim, vdim, batch_first, device, dtype
+        )
+        self.implementation = implementation
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attends from query to key and value.
+
+        Args:
+            query: (batch, seq_q, embed_dim), or (seq_q, batch, embed_dim) without batch_first, or unbatched
+                (seq_q, embed_dim).
+            key, value: (batch, seq_k, kdim) and (batch, seq_k, vdim), laid out like query. Give the same
+                object for all three, or for key and value, and they are projected in one product.
+            key_padding_mask: (batch, seq_k), or (seq_k,) unbatched: True hides a key; floats are added.
+            need_weights: must be False.
+            attn_mask: (seq_q, seq_k) or (batch * num_heads, seq_q, seq_k): True hides, floats are added.
+            average_attn_weights: has no effect, as there are no weights.
+            is_causal: query i sees keys j <= i. As in torch.nn, an attn_mask beside it is taken to be the
+                causal mask and is not read.
+
+        Returns:
+            (output of query's shape, None).
+
+        Raises:
+            NotSupported: need_weights is True, or the implementation asked for cannot take the call; "triton"
+                takes neither masks nor dropout yet.
+            ValueError: a shape does not fit.
+        """
+        if need_weights:
+            raise NotSupported(
+                "need_weights=True is not supported: fused attention never holds the (seq_q, seq_k) weights"
+            )
+        self._check_inputs(query, key, value)
+        q, k, v = map(self._split_heads, self._project(query, key, value))
+        dropout_p = self.dropout if self.training else 0.0
+        if key_padding_mask is not None and query.dim() == 2:
+            _check_mask("key_padding_mask", key_padding_mask, (key.size(0),))
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
+        if mask is None and dropout_p == 0.0:
+            causal = "top_left" if is_causal else False
+            out = attention(q, k, v, causal=causal, implementation=self.implementation)
+        else:
+            with self._implementation_block():
+                is_causal = is_causal and mask is None
+                out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        return self.out_proj(self._merge_heads(out, query.dim())), None
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(
+                f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; "
+                "all need 3, or 2 unbatched"
+            )
+        widths = (
+            ("query", query, "embed_dim", self.embed_dim),
+            ("key", key, "kdim", self.kdim),
+            ("value", value, "vdim", self.vdim),
+        )
+        for name, tensor, bound, width in widths:
+            if tensor.size(-1) != width:
+                raise ValueError(f"{name} has width {tensor.size(-1)}; {bound}={width} is needed")
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs through their projections, in as few products as they allow; widths embed_dim."""
+        weights: tuple[Tensor, ...]
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            return q, k, v
+        elif key is value:
+            parts = [self.embed_dim, 2 * self.embed_dim]
+            q_weight, kv_weight = self.in_proj_weight.split(parts)
+            q_bias, kv_bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(parts)
+            k, v = F.linear(key, kv_weight, kv_bias).chunk(2, dim=-1)
+            return F.linear(query, q_weight, q_bias), k, v
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(*operands) for operands in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """A view (batch, heads, seq, head_dim) of a projection in the layout of the inputs."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, x: Tensor, rank: int) -> Tensor:
+        """The inverse of `_split_heads`; a view too where the output has the query's strides."""
+        if rank == 2:
+            x = x.squeeze(0).transpose(0, 1)
+        else:
+            x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
+        return x.flatten(-2)
+
+    def _mask(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor | None:
+        """The two masks in one, as scaled_dot_product_attention reads it: True attends, floats are added.
+
+        The padding mask alone stays (batch, 1, 1, seq_k).
+        """
+        batch, seq_q, seq_k = q.size(0), q.size(2), k.size(2)
+        padding = None
+        if key_padding_mask is not None:
+            _check_mask("key_padding_mask", key_padding_mask, (batch, seq_k))
+            padding = _attending(key_padding_mask)[:, None, None, :]
+        if is_causal:
+            # PyTorch's operator takes either is_causal or a mask; without padding it gets is_causal.
+            if padding is None:
+                return None
+            mask = torch.ones(seq_q, seq_k, dtype=torch.bool, device=q.device).tril()
+        elif attn_mask is None:
+            return padding
+        else:
+            heads = () if attn_mask.dim() == 2 else (batch * self.num_heads,)
+            _check_mask("attn_mask", attn_mask, (*heads, seq_q, seq_k))
+            mask = _attending(attn_mask)
+            if heads:
+                mask = mask.unflatten(0, (batch, self.num_heads))
+        return mask if padding is None else _both(mask, padding)
+
+    def _implementation_block(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.implementation is None else use_implementation(self.implementation)
+
+
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; {shape} is needed")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} has dtype={mask.dtype}; bool or a floating-point dtype is needed")
+
+
+def _attending(mask: Tensor) -> Tensor:
+    """From torch.nn's convention, where True hides, to that of scaled_dot_product_attention."""
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _both(mask: Tensor, padding: Tensor) -> Tensor:
+    """One mask that hides what either hides; bool where both are."""
+    if mask.dtype == padding.dtype == torch.bool:
+        return mask & padding
+    if mask.dtype == torch.bool:
+        mask, padding = padding, mask
+    return mask.masked_fill(~padding, -torch.inf) if padding.dtype == torch.bool else mask + padding
