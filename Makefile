@@ -66,7 +66,7 @@ wheel: $(STAMP)  ## the wheel, into dist/
 	$(VENV_PYTHON) -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 clean:  ## remove what the other targets made, except .venv and OUT
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks fastattn kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

@@ -150,48 +150,66 @@ class LayerNormBackwardConfig:
     programs: int
 
 
-def select_layer_norm_forward_config(width: int, dtype: torch.dtype, target: Target) -> LayerNormConfig:
+def select_layer_norm_forward_config(
+    width: int, alignment: int, dtype: torch.dtype, target: Target
+) -> LayerNormConfig:
     """A tile of whole rows up to 32,768 columns, column tiles above.
+
+    `alignment` is what is known to divide the width and the row strides, in elements; the narrower the loads it
+    allows, the more registers their addresses take.
 
     Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight,
     and 32 warps, the most there can be, hold 32,768 columns in their 64 registers a thread without spills.
     """
-    if target.backend == "interpreter":
-        return LayerNormConfig(block_m=4, block_n=min(_power_of_2(width), 256), num_warps=1)
     block_n = _power_of_2(width)
-    if block_n > 32_768:
-        return LayerNormConfig(1, 8192, _warps(8, target))
-    # Above 64 rows, what a row needs besides its columns begins to spill.
-    return LayerNormConfig(min(max(4096 // block_n, 1), 64), block_n, _warps(max(block_n // 1024, 4), target))
+    if target.backend == "interpreter":
+        return LayerNormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
+    per_thread = 32 if _loads_are_wide(alignment, dtype) else 16
+    if block_n > 1024 * per_thread:
+        return LayerNormConfig(1, 256 * per_thread, _warps(8, target))
+    block_m = _rows_of_a_tile(block_n, per_thread)
+    return LayerNormConfig(block_m, block_n, _warps(max(block_m * block_n // per_thread // 32, 4), target))
 
 
 def select_layer_norm_backward_config(
-    width: int, dtype: torch.dtype, target: Target
+    width: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> LayerNormBackwardConfig:
     """Everything in one launch up to 8,192 columns; above, dx in column tiles and the parameters apart.
 
+    `alignment` is as in the forward.
+
     Compiled and read, not measured: with both sums of a column kept in registers, 16 elements a thread need
-    about 115 registers, which is two programs of 8 warps or one of 16 a multiprocessor.
+    about 120 registers, which is two programs of 8 warps or one of 16 a multiprocessor.
     """
+    block_n = _power_of_2(width)
     if target.backend == "interpreter":
-        tile = LayerNormConfig(block_m=4, block_n=min(_power_of_2(width), 256), num_warps=1)
+        tile = LayerNormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
         dx = tile if width > tile.block_n else None
         return LayerNormBackwardConfig(tile, dx, sums=LayerNormConfig(4, 64, 1), programs=2)
-    block_n = _power_of_2(width)
-    sums = LayerNormConfig(64, 32, _warps(4, target))
     # The next rows' loads are in flight while one is computed, where there are asynchronous copies.
     num_stages = 1
     if target.backend == "cuda" and int(target.arch) >= 80:
         num_stages = 3 if target.shared_memory > 160_000 else 2
-    if block_n > 8192:
-        walk = LayerNormConfig(4, 512, _warps(4, target), num_stages)
-        dx = LayerNormConfig(1, 4096, _warps(8, target))
+    per_thread = 16 if _loads_are_wide(alignment, dtype) else 8
+    sums = LayerNormConfig(64, 32, _warps(4, target))
+    if block_n > 512 * per_thread:
+        walk = LayerNormConfig(4, 32 * per_thread, _warps(4, target), num_stages)
+        dx = LayerNormConfig(1, 256 * per_thread, _warps(8, target))
         return LayerNormBackwardConfig(walk, dx, sums, programs=8 * target.multiprocessors)
-    block_m = min(max(4096 // block_n, 1), 64)
-    walk = LayerNormConfig(block_m, block_n, _warps(16 if block_n > 4096 else 8, target), num_stages)
-    return LayerNormBackwardConfig(
-        walk, None, sums, programs=target.multiprocessors * (1 if block_n > 4096 else 2)
-    )
+    block_m = _rows_of_a_tile(block_n, per_thread)
+    warps = max(block_m * block_n // per_thread // 32, 8)
+    walk = LayerNormConfig(block_m, block_n, _warps(warps, target), num_stages)
+    return LayerNormBackwardConfig(walk, None, sums, programs=target.multiprocessors * 16 // warps)
+
+
+def _loads_are_wide(alignment: int, dtype: torch.dtype) -> bool:
+    """Whether a thread can load 8 bytes or more at a time."""
+    return alignment * dtype.itemsize >= 8
+
+
+def _rows_of_a_tile(block_n: int, per_thread: int) -> int:
+    """Rows of a LayerNorm tile of 4,096 elements; fewer where what each row needs besides would spill."""
+    return min(max(4096 // block_n, 1), 64 if per_thread >= 16 else 16)
 
 
 def _power_of_2(size: int) -> int:

@@ -47,8 +47,7 @@ def _layer_norm_backward_kernel(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    partials_ptr,
     stride_dym,
     stride_xm,
     ROWS,
@@ -64,9 +63,9 @@ def _layer_norm_backward_kernel(
 ):
     """One program walks its share of the rows, BLOCK_M at a time; grid (programs, column tiles).
 
-    With NEEDS_DX there is one column tile, which holds whole rows. The program's sums for dweight and dbias
-    go to its row of dweight_ptr and dbias_ptr, (programs, WIDTH) in float32. dx is contiguous, dy and x have
-    unit column strides.
+    With NEEDS_DX there is one column tile, which holds whole rows. The program's sums for dweight, then those
+    for dbias, go to its rows of partials_ptr, (1 or 2, programs, WIDTH) in float32. dx is contiguous, dy and x
+    have unit column strides.
     """
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     stride_dym, stride_xm = _multiple_of(stride_dym, ALIGNMENT), _multiple_of(stride_xm, ALIGNMENT)
@@ -78,7 +77,7 @@ def _layer_norm_backward_kernel(
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in tl.range(program * BLOCK_M, ROWS, tl.num_programs(0) * BLOCK_M, num_stages=NUM_STAGES):
-        rows = row + tl.arange(0, BLOCK_M)
+        rows = row + tl.arange(0, BLOCK_M).to(tl.int64)
         row_inside = rows < ROWS  # (BLOCK_M,): the last block of rows overruns
         inside = row_inside[:, None] & column_inside[None, :]
         dy = _load_tile(dy_ptr + rows[:, None] * stride_dym, columns, inside)  # (BLOCK_M, BLOCK_N)
@@ -100,10 +99,12 @@ def _layer_norm_backward_kernel(
             sum_wdy_x_hat = tl.sum(wdy * x_hat, axis=1)
             dx = _dx(wdy, x_hat, sum_wdy, sum_wdy_x_hat, rstd, WIDTH)
             _store_tile(dx_ptr + rows[:, None] * WIDTH, dx, columns, inside)
+    partials_ptr += program * WIDTH
     if NEEDS_DWEIGHT:
-        tl.store(dweight_ptr + program * WIDTH + columns, tl.sum(dweight, axis=0), mask=column_inside)
+        tl.store(partials_ptr + columns, tl.sum(dweight, axis=0), mask=column_inside)
+        partials_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
     if NEEDS_DBIAS:
-        tl.store(dbias_ptr + program * WIDTH + columns, tl.sum(dbias, axis=0), mask=column_inside)
+        tl.store(partials_ptr + columns, tl.sum(dbias, axis=0), mask=column_inside)
 
 
 @triton.jit
@@ -236,14 +237,17 @@ def layer_norm_backward(
     x, dy = as_rows(x, rows, width), as_rows(dy, rows, width)
     if weight is not None:
         weight = weight.contiguous()
+    alignment = math.gcd(width, dy.stride(0), x.stride(0), 16)
     if config is None:
-        config = select_layer_norm_backward_config(width, x.dtype, _target.target_of(x.device))
+        config = select_layer_norm_backward_config(width, alignment, x.dtype, _target.target_of(x.device))
     with _target.launching_on(x):
         walk_dx = need_dx and config.dx is None
         if need_dx and config.dx is not None:
-            _launch_dx(dy, x, weight, mean, rstd, dx, config.dx)
+            _launch_dx(dy, x, weight, mean, rstd, dx, alignment, config.dx)
         if walk_dx or dweight.numel() or dbias.numel():
-            _launch_walk(dy, x, weight, mean, rstd, dx if walk_dx else None, dweight, dbias, config)
+            _launch_walk(
+                dy, x, weight, mean, rstd, dx if walk_dx else None, dweight, dbias, alignment, config
+            )
     return dx, dweight, dbias
 
 
@@ -254,6 +258,7 @@ def _launch_dx(
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor,
+    alignment: int,
     config: LayerNormConfig,
 ) -> None:
     rows, width = x.shape
@@ -269,7 +274,7 @@ def _launch_dx(
         ROWS=rows,
         WIDTH=width,
         HAS_WEIGHT=weight is not None,
-        ALIGNMENT=math.gcd(width, dy.stride(0), x.stride(0), 16),
+        ALIGNMENT=alignment,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
@@ -285,6 +290,7 @@ def _launch_walk(
     dx: Tensor | None,
     dweight: Tensor,
     dbias: Tensor,
+    alignment: int,
     config: LayerNormBackwardConfig,
 ) -> None:
     """Fills dx, if given, and those of dweight and dbias that are not empty."""
@@ -301,8 +307,7 @@ def _launch_walk(
         mean_ptr=mean,
         rstd_ptr=rstd,
         dx_ptr=dx,
-        dweight_ptr=partials[0] if dweight.numel() else None,
-        dbias_ptr=partials[-1] if dbias.numel() else None,
+        partials_ptr=partials,
         stride_dym=dy.stride(0),
         stride_xm=x.stride(0),
         ROWS=rows,
@@ -312,7 +317,7 @@ def _launch_walk(
         NEEDS_DWEIGHT=dweight.numel() > 0,
         NEEDS_DBIAS=dbias.numel() > 0,
         NUM_STAGES=walk.num_stages,
-        ALIGNMENT=math.gcd(width, dy.stride(0), x.stride(0), 16),
+        ALIGNMENT=alignment,
         BLOCK_M=walk.block_m,
         BLOCK_N=walk.block_n,
         num_warps=walk.num_warps,

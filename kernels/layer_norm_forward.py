@@ -171,8 +171,9 @@ def layer_norm_forward(
         # Rows of width 0, if there are any: the mean of nothing is 0 / 0.
         return y, mean.fill_(math.nan), rstd.fill_(math.nan)
     x = as_rows(x, rows, width)
+    alignment = math.gcd(width, x.stride(0), 16)
     if config is None:
-        config = select_layer_norm_forward_config(width, x.dtype, _target.target_of(x.device))
+        config = select_layer_norm_forward_config(width, alignment, x.dtype, _target.target_of(x.device))
     with _target.launching_on(x):
         _layer_norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
             x_ptr=x,
@@ -188,7 +189,7 @@ def layer_norm_forward(
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             ONE_TILE=config.block_n >= width,
-            ALIGNMENT=math.gcd(width, x.stride(0), 16),
+            ALIGNMENT=alignment,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,

@@ -18,22 +18,24 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
     """Raises ValueError for a tensor on another device than the first."""
+    device = tensor.device
     for name, other in others.items():
-        if other is not None and other.device != tensor.device:
-            raise ValueError(f"{name} is on {other.device}, but {first} is on {tensor.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {other.device}, but {first} is on {device}")
 
 
 def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError where (batch, heads, seq, head_dim) shapes do not fit together."""
-    if not q.dim() == k.dim() == v.dim() == 4:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         raise ValueError(
             f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; "
             "(batch, heads, seq, head_dim), so 4, are needed"
         )
-    batch, heads, _, head_dim = q.shape
-    kv_batch, kv_heads, _, kv_head_dim = k.shape
-    if k.shape != v.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; they must be equal")
+    batch, heads, _, head_dim = q_shape
+    kv_batch, kv_heads, _, kv_head_dim = k_shape
+    if k_shape != v_shape:
+        raise ValueError(f"k has shape {tuple(k_shape)} and v {tuple(v_shape)}; they must be equal")
     if batch != kv_batch:
         raise ValueError(f"k has batch={kv_batch}, but q has batch={batch}")
     if head_dim != kv_head_dim:

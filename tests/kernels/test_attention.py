@@ -73,9 +73,7 @@ def _with_gaps(tensor: Tensor) -> Tensor:
 
 def _expanded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys, values and the incoming gradient shared by the batch with a stride of 0."""
-    return {
-        name: t if name in ("q", "dlse") else t[:1].expand(2, *t.shape[1:]) for name, t in inputs.items()
-    }
+    return {name: t if name in ("q", "dlse") else t[:1].expand(2, *t.shape[1:]) for name, t in inputs.items()}
 
 
 def _column_major(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
