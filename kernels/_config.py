@@ -167,8 +167,8 @@ def select_layer_norm_forward_config(
     per_thread = 32 if _loads_are_wide(alignment, dtype) else 16
     if block_n > 1024 * per_thread:
         return LayerNormConfig(1, 256 * per_thread, _warps(8, target))
-    block_m = _rows_of_a_tile(block_n, per_thread)
-    return LayerNormConfig(block_m, block_n, _warps(max(block_m * block_n // per_thread // 32, 4), target))
+    warps = max(block_n // per_thread // 32, 4)
+    return LayerNormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, _warps(warps, target))
 
 
 def select_layer_norm_backward_config(
@@ -196,8 +196,8 @@ def select_layer_norm_backward_config(
         walk = LayerNormConfig(4, 32 * per_thread, _warps(4, target), num_stages)
         dx = LayerNormConfig(1, 256 * per_thread, _warps(8, target))
         return LayerNormBackwardConfig(walk, dx, sums, programs=8 * target.multiprocessors)
-    block_m = _rows_of_a_tile(block_n, per_thread)
-    warps = max(block_m * block_n // per_thread // 32, 8)
+    warps = max(block_n // per_thread // 32, 8)
+    block_m = _rows_of_a_tile(block_n, warps, per_thread)
     walk = LayerNormConfig(block_m, block_n, _warps(warps, target), num_stages)
     return LayerNormBackwardConfig(walk, None, sums, programs=target.multiprocessors * 16 // warps)
 
@@ -207,9 +207,9 @@ def _loads_are_wide(alignment: int, dtype: torch.dtype) -> bool:
     return alignment * dtype.itemsize >= 8
 
 
-def _rows_of_a_tile(block_n: int, per_thread: int) -> int:
-    """Rows of a LayerNorm tile of 4,096 elements; fewer where what each row needs besides would spill."""
-    return min(max(4096 // block_n, 1), 64 if per_thread >= 16 else 16)
+def _rows_of_a_tile(block_n: int, warps: int, per_thread: int) -> int:
+    """As many rows as make `per_thread` elements for each thread; at most 64, each of which takes registers."""
+    return min(max(32 * warps * per_thread // block_n, 1), 64)
 
 
 def _power_of_2(size: int) -> int:

@@ -1,0 +1,18 @@
+"""GELU: every provider on every case, forward and forward with backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.cases import OpCase
+
+OPERATION = "gelu"
+
+
+def test_gelu(
+    case: OpCase,
+    direction: str,
+    provider: str,
+    measure: Callable[[OpCase, str, str], None],
+) -> None:
+    measure(case, provider, direction)

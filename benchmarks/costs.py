@@ -1,0 +1,118 @@
+"""How much arithmetic and traffic an operation needs: the formulas behind every TFLOP/s and GB/s.
+
+FLOPs count an addition, a product, a division, a root, an exponential, erf or tanh as one each. Bytes are the
+least that must move between device memory and the chip: every input read once, every output written once.
+tests/benchmarks/test_costs.py counts both by other means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.cases import AttentionCase, GeluCase, GptCase, LayerNormCase, OpCase
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes of one call."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def tflops(self, milliseconds: float) -> float:
+        """TFLOP/s at this time a call."""
+        return self.flops / milliseconds / 1e9
+
+    def gbytes(self, milliseconds: float) -> float:
+        """GB/s (10^9 bytes) at this time a call."""
+        return self.bytes / milliseconds / 1e6
+
+
+def attention_pairs(seq_q: int, seq_k: int, causal: bool | str) -> int:
+    """How many (query, key) pairs are not masked, in one head."""
+    if not causal:
+        return seq_q * seq_k
+    if causal == "bottom_right":
+        if seq_k >= seq_q:  # query i sees i + 1 + (seq_k - seq_q) keys
+            return seq_q * (seq_q + 1) // 2 + seq_q * (seq_k - seq_q)
+        return seq_k * (seq_k + 1) // 2  # the first seq_q - seq_k queries see none
+    diagonal = min(seq_q, seq_k)  # top_left: query i sees min(i + 1, seq_k) keys
+    return diagonal * (diagonal + 1) // 2 + (seq_q - diagonal) * seq_k
+
+
+def attention_forward(case: AttentionCase, save_lse: bool = False) -> Cost:
+    """Two matrix products over the unmasked pairs; softmax is not counted, as is customary."""
+    batch, heads, kv_heads, seq_q, seq_k, head_dim = case.shape
+    pairs = batch * heads * attention_pairs(seq_q, seq_k, case.causal)
+    queries, keys = batch * heads * seq_q * head_dim, batch * kv_heads * seq_k * head_dim
+    traffic = (2 * queries + 2 * keys) * case.dtype.itemsize  # q, out, k, v
+    return Cost(4 * pairs * head_dim, traffic + (batch * heads * seq_q * _FLOAT32 if save_lse else 0))
+
+
+def attention_backward(case: AttentionCase) -> Cost:
+    """Five matrix products: the scores again, dV, dP, dQ and dK. 2.5 times the forward's arithmetic."""
+    batch, heads, kv_heads, seq_q, seq_k, head_dim = case.shape
+    pairs = batch * heads * attention_pairs(seq_q, seq_k, case.causal)
+    queries, keys = batch * heads * seq_q * head_dim, batch * kv_heads * seq_k * head_dim
+    # Reads q, out, dout, k, v and lse; writes dq, dk, dv.
+    traffic = (4 * queries + 4 * keys) * case.dtype.itemsize + batch * heads * seq_q * _FLOAT32
+    return Cost(10 * pairs * head_dim, traffic)
+
+
+def layer_norm_forward(case: LayerNormCase, save_statistics: bool = False) -> Cost:
+    """Mean N + 1, centring N, variance 2N + 1, rstd 2, scaling N, weight N, bias N operations a row."""
+    per_row = (5 + 2 * case.affine) * case.width + 4
+    traffic = 2 * case.rows * case.width + 2 * case.width * case.affine
+    statistics = 2 * case.rows * _FLOAT32 if save_statistics else 0
+    return Cost(case.rows * per_row, traffic * case.dtype.itemsize + statistics)
+
+
+def layer_norm_backward(case: LayerNormCase) -> Cost:
+    """x-hat 2N, its two means 3N + 2, dx 4N operations a row; with weight and bias, dy * w N, dw 2N, db N."""
+    per_row = (9 + 4 * case.affine) * case.width + 2
+    # Reads x, dy, weight and both statistics; writes dx, dw, db.
+    traffic = 3 * case.rows * case.width + 3 * case.width * case.affine
+    return Cost(case.rows * per_row, traffic * case.dtype.itemsize + 2 * case.rows * _FLOAT32)
+
+
+def gelu_forward(case: GeluCase) -> Cost:
+    """erf: 5 operations an element; tanh: 9."""
+    elements = case.rows * case.width
+    return Cost((5 if case.approximate == "none" else 9) * elements, 2 * elements * case.dtype.itemsize)
+
+
+def gelu_backward(case: GeluCase) -> Cost:
+    """erf: 11 operations an element, from x and dy; tanh: 18."""
+    elements = case.rows * case.width
+    return Cost((11 if case.approximate == "none" else 18) * elements, 3 * elements * case.dtype.itemsize)
+
+
+def operation_cost(case: OpCase, direction: str) -> Cost:
+    """Cost of a case, "forward" (nothing saved) or "forward+backward"."""
+    backward = direction == "forward+backward"
+    if isinstance(case, AttentionCase):
+        cost = attention_forward(case, save_lse=backward)
+        return cost + attention_backward(case) if backward else cost
+    if isinstance(case, LayerNormCase):
+        cost = layer_norm_forward(case, save_statistics=backward)
+        return cost + layer_norm_backward(case) if backward else cost
+    cost = gelu_forward(case)
+    return cost + gelu_backward(case) if backward else cost
+
+
+def gpt_forward_flops(case: GptCase, causal: bool | str = "top_left") -> int:
+    """Matrix products of one forward: 12 width^2 weights a block, the tied head, two products a head."""
+    tokens = case.batch * case.seq_len
+    weights = case.layers * 12 * case.width**2 + case.width * case.vocabulary
+    pairs = case.batch * attention_pairs(case.seq_len, case.seq_len, causal)
+    return 2 * tokens * weights + case.layers * 4 * pairs * case.width
+
+
+def gpt_step_flops(case: GptCase, causal: bool | str = "top_left") -> int:
+    """Forward and backward of one training step: the model's arithmetic, so recomputation is not counted."""
+    return 3 * gpt_forward_flops(case, causal)

@@ -1,0 +1,89 @@
+"""`python -m benchmarks gpu`: the tests marked gpu, the operations and the main job, on the GPU at hand.
+
+Works from a bare checkout with PYTHONPATH=. and nothing installed but PyTorch, Triton, pytest, rich and
+matplotlib. Every row is on disk as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import REPOSITORY, environment
+from benchmarks.processes import worker_environment
+from benchmarks.report import make_console, results_folder, write_json
+
+
+class NoGpuError(Exception):
+    """There is no GPU to run on."""
+
+
+def run_gpu(
+    out: Path, parts: tuple[str, ...], rounds: int, commit: str | None, say: Callable[[str], None]
+) -> int:
+    """Runs the parts in order; a part that fails does not keep the next from running.
+
+    Returns:
+        0, or 1 where a part failed.
+
+    Raises:
+        NoGpuError: PyTorch finds no GPU.
+        FolderError: the folder cannot be written.
+    """
+    if not torch.cuda.is_available():
+        raise NoGpuError("PyTorch finds no GPU here, and this needs one (`make test` and `make demo` do not)")
+    folder = results_folder(out.resolve())
+    write_json(folder / "environment.json", environment("cuda", commit))
+    recorded = ["--commit", commit] if commit else []
+    failed = []
+    if "tests" in parts:
+        say("the tests marked gpu")
+        if _tests(folder) != 0:
+            failed.append("tests")
+    if "ops" in parts:
+        command = ["ops", "--device", "cuda", "--out", str(folder), "--rounds", str(rounds)]
+        if _benchmarks([*command, *recorded], folder / "ops.log") != 0:
+            failed.append("ops")
+    if "demo" in parts:
+        say("the main job")
+        command = ["demo", "--device", "cuda", "--out", str(folder / "demo")]
+        if _benchmarks([*command, *recorded], folder / "demo.log") != 0:
+            failed.append("demo")
+    for part in failed:
+        say(f"{part} failed; see the log in {out}")
+    make_console().print(f"results: {out}", highlight=False)
+    return 1 if failed else 0
+
+
+def _tests(folder: Path) -> int:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15"]
+    return _logged([*command, f"--junitxml={folder / 'gpu-tests.xml'}"], folder / "gpu-tests.log")
+
+
+def _benchmarks(arguments: list[str], log: Path) -> int:
+    return _logged([sys.executable, "-m", "benchmarks", *arguments], log)
+
+
+def _logged(command: list[str], log: Path) -> int:
+    """Runs a command in the checkout, its output on the terminal and in a file at the same time."""
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=worker_environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    with log.open("w", encoding="utf-8") as file:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            file.write(line)
+            file.flush()
+    return process.wait()

@@ -1,0 +1,221 @@
+"""One case, every provider: checked against the reference, then timed in interleaved rounds; one row each."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import AttentionCase, LayerNormCase, OpCase
+from benchmarks.costs import operation_cost
+from benchmarks.memory import peak_memory
+from benchmarks.providers import BASELINES, PROVIDERS, Absent, Function
+from benchmarks.timing import Timer, interleave, make_timer, ratio_of_medians, summarize, synchronize
+from fastattn import NotSupported, reference
+from fastattn.testing import assert_accurate, make_tensor
+
+Row = dict[str, Any]
+
+DIRECTIONS = ("forward", "forward+backward")
+# Results are compared on this many leading rows: enough to see an error, little enough to move to the host.
+_CHECKED_ROWS = 256
+
+
+@dataclass
+class Inputs:
+    """A case's tensors, and what every result is checked against; made once, shared by all providers."""
+
+    case: OpCase
+    device: torch.device
+    tensors: tuple[Tensor, ...] = field(init=False)
+    grad_output: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensors = self.case.inputs(self.device)
+        first = self.tensors[0]
+        self.grad_output = make_tensor(*first.shape, dtype=first.dtype, device=self.device, seed=9)
+        grad, *tensors = self.grad_output, *(t.detach() for t in self.tensors)
+        if isinstance(self.case, AttentionCase):  # heads are independent, so the part needs only itself
+            grad, *tensors = self._part((grad, *tensors))
+        self._truth = self._part(_run_both(self._reference, [t.double() for t in tensors], grad.double()))
+        self._peer = self._part(_run_both(self._reference, tensors, grad))
+
+    def call(self, function: Function, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+        """The function on these inputs, without a graph, or with the gradients of every input."""
+        if direction == "forward":
+
+            def forward() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return (function(*self.tensors),)
+
+            return forward
+
+        def forward_backward() -> tuple[Tensor, ...]:
+            out = function(*self.tensors)
+            return (out, *torch.autograd.grad(out, self.tensors, self.grad_output))
+
+        return forward_backward
+
+    def check(self, function: Function, direction: str) -> None:
+        """Asserts that the result, and the gradients where asked for, are as exact as the naive formula's."""
+        results = self._part(self.call(function, direction)())
+        names = ("output", *(f"gradient {index}" for index in range(len(self.tensors))))
+        for name, actual, peer, truth in zip(names, results, self._peer, self._truth, strict=False):
+            # A parameter's gradient is a sum over all rows, and its rounding grows with their root.
+            rows = 1 if actual.dim() > 1 else self.tensors[0].size(0)
+            assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows))
+
+    def _reference(self, *tensors: Tensor) -> Tensor:
+        case = self.case
+        if isinstance(case, AttentionCase):
+            out = reference.attention(*tensors, causal=case.causal)
+            return out if isinstance(out, Tensor) else out[0]
+        if isinstance(case, LayerNormCase):
+            weight, bias = tensors[1:] or (None, None)
+            return reference.layer_norm(tensors[0], case.width, weight, bias)
+        return reference.gelu(tensors[0], case.approximate)
+
+    def _part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is compared: one key head of one sequence (heads are independent), or some leading rows.
+
+        `results` are the output and then, where there are any, the gradients.
+        """
+        if isinstance(self.case, AttentionCase):
+            _, heads, kv_heads, *_ = self.case.shape
+            counts = (heads // kv_heads,) * 2 + (1, 1)
+            return tuple(t[:1, :count] for t, count in zip(results, counts, strict=False))
+        return tuple(t[:_CHECKED_ROWS] if t.dim() > 1 else t for t in results)
+
+
+def _run_both(function: Function, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = tuple(t.detach().requires_grad_() for t in tensors)
+    out = function(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def prepare(inputs: Inputs, name: str, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A provider's call on these inputs, run once and checked.
+
+    Raises:
+        Absent: the provider cannot run here.
+        AssertionError: it ran and its result is wrong.
+    """
+    try:
+        function = PROVIDERS[inputs.case.operation][name](inputs.case, inputs.device)
+        inputs.check(function, direction)
+    except NotSupported as refusal:
+        raise Absent(str(refusal)) from refusal
+    except AssertionError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise Absent("out of memory") from error
+    except (
+        RuntimeError,
+        ImportError,
+    ) as error:  # a back end that refuses, a compiler or peer that is missing
+        raise Absent(first_line(error)) from error
+    return inputs.call(function, direction)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def measure_case(
+    case: OpCase,
+    device: torch.device,
+    rounds: int,
+    *,
+    directions: tuple[str, ...] = DIRECTIONS,
+    names: tuple[str, ...] | None = None,
+    timer: Timer | None = None,
+) -> Iterator[Row]:
+    """Rows of all providers of a case's operation (or those named), a direction at a time."""
+    timer = timer or make_timer(device)
+    names = names or tuple(PROVIDERS[case.operation])
+    inputs = Inputs(case, device)
+    for direction in directions:
+        rows: dict[str, Row] = {}
+        calls: dict[str, Callable[[], Any]] = {}
+        for name in names:
+            rows[name] = {
+                "operation": case.operation,
+                "case": case.name,
+                "direction": direction,
+                "provider": name,
+                "status": "ok",
+            }
+            try:
+                calls[name] = prepare(inputs, name, direction)
+            except Absent as absence:
+                rows[name] |= {"status": "absent", "reason": str(absence)}
+            except AssertionError as wrong:
+                rows[name] |= {"status": "wrong", "reason": first_line(wrong)}
+        samples = interleave(calls, timer, rounds)
+        for name, call in calls.items():
+            rows[name] |= figures(case, direction, name, samples)
+            rows[name]["peak_mib"] = peak_memory(call, device) / 2**20
+        yield from rows.values()
+    del inputs
+    release(device)
+
+
+def figures(case: OpCase, direction: str, name: str, samples: dict[str, list[float]]) -> Row:
+    """Time, spread, rates and the ratio to each baseline."""
+    summary = summarize(samples[name])
+    cost = operation_cost(case, direction)
+    row: Row = {
+        "median_ms": summary.median,
+        "low_ms": summary.low,
+        "high_ms": summary.high,
+        "rounds": summary.count,
+        "tflops": cost.tflops(summary.median),
+        "gbytes_per_s": cost.gbytes(summary.median),
+    }
+    for baseline in BASELINES:
+        if baseline in samples:
+            ratio = ratio_of_medians(samples[name], samples[baseline])
+            row |= {
+                f"time_vs_{baseline}": ratio.value,
+                f"time_vs_{baseline}_low": ratio.low,
+                f"time_vs_{baseline}_high": ratio.high,
+            }
+    return row
+
+
+def measure_copy(device: torch.device, rounds: int, timer: Timer | None = None) -> Row:
+    """The rate of a large copy on the device: the ceiling of LayerNorm and GELU."""
+    size = (1 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    timer = timer or make_timer(device)
+    samples = interleave({"copy": lambda: target.copy_(source)}, timer, rounds)["copy"]
+    summary = summarize(samples)
+    return {
+        "operation": "copy",
+        "case": f"{size >> 20}MiB",
+        "direction": "forward",
+        "provider": "torch",
+        "status": "ok",
+        "median_ms": summary.median,
+        "low_ms": summary.low,
+        "high_ms": summary.high,
+        "rounds": summary.count,
+        "gbytes_per_s": 2 * size / summary.median / 1e6,
+    }
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back before the next case, so that one case's peak is not another's out-of-memory."""
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

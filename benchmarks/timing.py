@@ -1,0 +1,180 @@
+"""How long a call takes: interleaved rounds, medians with their spread, ratios with their interval.
+
+Providers are timed in turn, round after round, each round in another order, so that a slow drift of the
+machine (heat, neighbours) falls on all of them alike. A CPU is timed by the wall clock; a GPU by its own
+events, with the L2 cache cleared before every call.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+Timer = Callable[[Call], float]
+
+# One sample on a CPU covers at least this long, so that the clock and a context switch stay below a percent.
+_CPU_SAMPLE_MS = 10.0
+# The host needs this head start so that a GPU's queue never runs dry while a small kernel is timed: an eager
+# forward and backward costs up to half a millisecond of host time. 2e6 cycles are about 1 ms at 2 GHz.
+_GPU_HEAD_START_CYCLES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles of samples, in the samples' unit."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles over the median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """Median and quartiles (linear interpolation between order statistics)."""
+    if not samples:
+        raise ValueError("samples must hold at least one value")
+    if len(samples) == 1:
+        return Summary(samples[0], samples[0], samples[0], 1)
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Summary(median, low, high, len(samples))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two medians with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio_of_medians(
+    samples: Sequence[float], baseline: Sequence[float], resamples: int = 1000, seed: int = 0
+) -> Ratio:
+    """median(samples) / median(baseline), with a bootstrap interval over rounds.
+
+    Where both were measured in the same rounds (equal counts), rounds are drawn in pairs, so that what a
+    round did to both cancels; else each side is drawn on its own.
+    """
+    value = statistics.median(samples) / statistics.median(baseline)
+    generator = random.Random(seed)
+    ratios = []
+    for _ in range(resamples):
+        chosen = generator.choices(range(len(samples)), k=len(samples))
+        others = chosen
+        if len(samples) != len(baseline):
+            others = generator.choices(range(len(baseline)), k=len(baseline))
+        drawn = statistics.median(samples[i] for i in chosen)
+        ratios.append(drawn / statistics.median(baseline[i] for i in others))
+    ratios.sort()
+    return Ratio(value, ratios[int(0.025 * resamples)], ratios[int(0.975 * resamples)])
+
+
+def round_order(names: Sequence[str], round_index: int) -> list[str]:
+    """The order of one round: rotated by one each round, and reversed in every second one.
+
+    So each provider comes first, last and behind each other one about equally often.
+    """
+    start = (round_index // 2) % len(names)
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if round_index % 2 else order
+
+
+def interleave(
+    calls: Mapping[str, Call], timer: Timer, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round, by `timer`, after `warmup` untimed rounds."""
+    if not calls:
+        return {}
+    names = list(calls)
+    for _ in range(warmup):
+        for name in names:
+            calls[name]()
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        for name in round_order(names, index):
+            samples[name].append(timer(calls[name]))
+    return samples
+
+
+class CpuTimer:
+    """Milliseconds a call by the wall clock; short calls are repeated within one sample."""
+
+    def __init__(
+        self, sample_ms: float = _CPU_SAMPLE_MS, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.sample_ms = sample_ms
+        self.clock = clock
+        self._repeats: dict[int, tuple[Call, int]] = {}
+
+    def __call__(self, call: Call) -> float:
+        # The call is kept beside its count, so that its id cannot come back as another call's.
+        _, repeats = self._repeats.get(id(call), (call, 0))
+        if repeats == 0:
+            once = self._measure(call, 1)
+            repeats = max(1, min(100_000, round(self.sample_ms / max(once, 1e-6))))
+            self._repeats[id(call)] = (call, repeats)
+        return self._measure(call, repeats) / repeats
+
+    def _measure(self, call: Call, repeats: int) -> float:
+        start = self.clock()
+        for _ in range(repeats):
+            call()
+        return (self.clock() - start) * 1e3
+
+
+class CudaTimer:
+    """Milliseconds of device time a call, from a cold L2 cache, by CUDA events."""
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self.device = torch.device(device)
+        # Writing twice the L2 evicts all of it, whatever its replacement policy keeps back.
+        size = 2 * getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 128 << 20)
+        self._flush = torch.empty(max(size, 64 << 20), dtype=torch.int8, device=self.device)
+
+    def __call__(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_GPU_HEAD_START_CYCLES)
+        self._flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end)
+
+
+def make_timer(device: torch.device | str) -> Timer:
+    return CudaTimer(device) if torch.device(device).type == "cuda" else CpuTimer()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits for a GPU's queue; nothing on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_cost(
+    calls: Mapping[str, Call],
+    rounds: int = 30,
+    repeats: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Microseconds of host time a call in each round: on tiny tensors, what dispatch and checks cost."""
+    timer = CpuTimer(clock=clock)
+
+    def microseconds(call: Call) -> float:
+        return timer._measure(call, repeats) / repeats * 1e3
+
+    return interleave(calls, microseconds, rounds, warmup=repeats)

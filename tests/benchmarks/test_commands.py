@@ -1,0 +1,171 @@
+"""The commands' errors: one line on standard error, exit code 2, and nothing trained or timed before."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from benchmarks import __main__ as commands
+from benchmarks import demo, ops
+from benchmarks.demo_options import DemoOptions
+from fastattn import dispatch
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """Runs a command that must refuse; returns its line."""
+
+    def started(*arguments, **keywords):
+        raise AssertionError("work began before the arguments were checked")
+
+    monkeypatch.setattr(demo.Demo, "run", started)
+    monkeypatch.setattr(ops, "run_ops", started)
+
+    def run(*arguments):
+        try:
+            code = commands.main([str(argument) for argument in arguments])
+        except SystemExit as left:  # argparse
+            code = left.code
+        out, err = capfd.readouterr()
+        assert code == 2
+        assert out == ""
+        return err.strip().splitlines()[-1]
+
+    return run
+
+
+def one_line(line):
+    assert line.startswith("python -m benchmarks: ")
+    return line.removeprefix("python -m benchmarks: ")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A text that is long enough. " * 200)
+    return path
+
+
+def test_data_that_is_not_there(refused, tmp_path):
+    line = one_line(refused("demo", "--data", tmp_path / "none.txt", "--out", tmp_path / "out"))
+    assert line == f"cannot use the text: cannot read {tmp_path}/none.txt: No such file or directory"
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_is_empty(refused, tmp_path):
+    (tmp_path / "empty").write_text("")
+    assert one_line(refused("demo", "--data", tmp_path / "empty")).endswith("/empty is empty")
+
+
+@pytest.mark.parametrize("content", (b"\x89PNG\r\n\x1a\n" * 999, b"zeros are valid UTF-8: " + bytes(9999)))
+def test_data_that_is_not_text(refused, tmp_path, content):
+    (tmp_path / "binary").write_bytes(content)
+    line = one_line(refused("demo", "--data", tmp_path / "binary"))
+    assert "is not UTF-8 text: byte 0 is 0x89" in line or "NUL character" in line
+
+
+def test_data_that_is_too_short(refused, tmp_path):
+    (tmp_path / "short").write_text("123456789")
+    line = one_line(refused("demo", "--data", tmp_path / "short", "--seq-len", 16))
+    assert line == "the text has 10 tokens; --seq-len 16 needs at least 17"
+
+
+def test_data_that_cannot_be_read(refused, tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.fspath(path))
+        assert one_line(refused("demo", "--data", path)).endswith("is a device, not a file")
+    assert one_line(refused("demo", "--data", "/dev/null")).endswith("/dev/null is a device, not a file")
+
+
+def test_an_empty_folder_as_data(refused, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "no text" in one_line(refused("demo", "--data", tmp_path / "folder"))
+
+
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize("command", ("demo", "ops"))
+def test_folder_that_cannot_be_written(command, refused, text):
+    data = ("--data", text, "--seq-len", 16) if command == "demo" else ()
+    line = one_line(refused(command, *data, "--out", text / "sub"))
+    assert line == f"cannot write results to {text}/sub: Not a directory"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--steps", 0), "--steps 0 must be at least 1"),
+        (("--batch-size", -1), "--batch-size -1 must be at least 1"),
+        (("--seq-lens", 64, 0), "--seq-lens 0 must be at least 1"),
+        (("--width", 100, "--heads", 3), "d_model=100 must be divisible by n_heads=3"),
+        (("--learning-rate", "nan"), "--learning-rate nan must be above 0 and finite"),
+        (("--device", "tpu"), "--device tpu must be cpu or cuda"),
+    ),
+)
+def test_demo_options_out_of_range(arguments, message, refused, text):
+    assert one_line(refused("demo", "--data", text, *arguments)) == message
+
+
+def test_unknown_implementation_lists_the_known(refused):
+    line = refused("demo", "--implementations", "flash")
+    assert "invalid choice: 'flash'" in line
+    assert "fastattn-compile" in line
+
+
+def test_ops_under_the_interpreter(refused, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETING", True)
+    assert one_line(refused("ops")).startswith("TRITON_INTERPRET is set")
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_unknown_part_lists_the_known(refused):
+    line = one_line(refused("ops", "matmul"))
+    assert line == "part 'matmul' is unknown; there are attention, layer_norm, gelu, host, import"
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_ops_options_out_of_range(refused):
+    assert one_line(refused("ops", "--rounds", 0)) == "--rounds 0 must be at least 1"
+    assert one_line(refused("ops", "--device", "tpu")) == "--device tpu must be cpu or cuda"
+
+
+def test_bpe_without_its_package(refused, monkeypatch, text):
+    find = commands.importlib.util.find_spec
+    monkeypatch.setattr(
+        commands.importlib.util, "find_spec", lambda name: None if name == "tokenizers" else find(name)
+    )
+    line = one_line(refused("demo", "--data", text, "--tokenizer", "bpe"))
+    assert line == "--tokenizer bpe needs the package tokenizers: pip install tokenizers"
+
+
+def test_plotting_without_its_package(refused, monkeypatch):
+    find = commands.importlib.util.find_spec
+    monkeypatch.setattr(
+        commands.importlib.util, "find_spec", lambda name: None if name == "rich" else find(name)
+    )
+    assert one_line(refused("ops")) == "the benchmarks need rich: pip install rich"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.usefixtures("no_interpreter")
+def test_gpu_without_a_gpu(refused, tmp_path):
+    line = one_line(refused("gpu", "--out", tmp_path / "out"))
+    assert line.startswith("PyTorch finds no GPU here")
+    assert not (tmp_path / "out").exists()
+    line = one_line(refused("ops", "--device", "cuda"))
+    assert line == "--device cuda: PyTorch finds no GPU here"
+    assert one_line(refused("demo", "--device", "cuda")) == line
+
+
+def test_results_folders_of_the_demo_are_dated_and_never_reused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = demo.make_folder(None), demo.make_folder(None)
+    assert first != second
+    assert first.parent.name == second.parent.name == "demo-results"
+
+
+def test_a_text_shorter_than_the_plot_is_enough(text):
+    """Only the training needs so many tokens; the lengths of the plot repeat the text."""
+    tokens, vocabulary = demo.load_tokens(DemoOptions(data=(str(text),), seq_len=64, seq_lens=(1 << 20,)))
+    assert (len(tokens), vocabulary) == (200 * 28 + 1, 256)

@@ -1,0 +1,226 @@
+"""The formulas of benchmarks/costs.py against counts made by other means."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import costs
+from benchmarks.cases import AttentionCase, GeluCase, GptCase, LayerNormCase
+from fastattn import reference
+from fastattn.models import GPT, TransformerConfig
+
+
+class Count:
+    """A number that counts the operations made on it and on its results."""
+
+    made = 0
+
+    def _made(self, other: object = None) -> "Count":
+        Count.made += 1
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _made
+
+
+def unary(x: Count) -> Count:
+    """A root, exponential, erf or tanh."""
+    return x._made()
+
+
+def counted(function) -> int:
+    Count.made = 0
+    function()
+    return Count.made
+
+
+def mean(values: list[Count]) -> Count:
+    total = Count()
+    for value in values:
+        total = total + value
+    return total / len(values)
+
+
+ATTENTION = [
+    AttentionCase(2, 3, 5, 4),
+    AttentionCase(1, 2, 7, 8, causal="top_left"),
+    AttentionCase(1, 2, 7, 8, causal=True),
+    AttentionCase(2, 4, 6, 8, kv_heads=2, causal="bottom_right"),
+    AttentionCase(1, 2, 3, 4, seq_k=9, causal="top_left"),
+    AttentionCase(1, 2, 3, 4, seq_k=9, causal="bottom_right"),
+    AttentionCase(1, 2, 9, 4, seq_k=3, causal="top_left"),
+    AttentionCase(1, 2, 9, 4, seq_k=3, causal="bottom_right"),
+    AttentionCase(1, 6, 9, 4, kv_heads=1, seq_k=3),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_pairs_are_those_of_the_mask(case):
+    _, _, _, seq_q, seq_k, _ = case.shape
+    mask = torch.ones(seq_q, seq_k, dtype=torch.bool)
+    if case.causal:
+        mask = reference.causal_mask(seq_q, seq_k, case.causal)
+    assert costs.attention_pairs(seq_q, seq_k, case.causal) == mask.sum().item()
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_flops_are_two_for_each_product_of_each_pair(case):
+    """Two products forward and five backward, each head_dim multiplications and additions a pair."""
+    batch, heads, _, seq_q, seq_k, head_dim = case.shape
+    mask = torch.ones(seq_q, seq_k, dtype=torch.bool)
+    if case.causal:
+        mask = reference.causal_mask(seq_q, seq_k, case.causal)
+    pairs = sum(1 for _ in range(batch * heads) for row in mask.tolist() for seen in row if seen)
+    assert costs.attention_forward(case).flops == pairs * 2 * 2 * head_dim
+    assert costs.attention_backward(case).flops == pairs * 5 * 2 * head_dim
+
+
+@pytest.mark.parametrize("case", [c for c in ATTENTION if not c.causal], ids=lambda case: case.name)
+def test_attention_flops_are_what_pytorch_counts(case):
+    """Naive attention makes two products forward and four backward; a fused backward makes the scores again."""
+    inputs = case.inputs()
+    with FlopCounterMode(display=False) as forward:
+        out = reference.attention(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert costs.attention_forward(case).flops == forward.get_total_flops()
+    scores_again = forward.get_total_flops() // 2
+    assert costs.attention_backward(case).flops == backward.get_total_flops() + scores_again
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_bytes_are_those_of_the_tensors(case):
+    case = replace(case, dtype=torch.float16)
+    q, k, v = case.inputs()
+    out, lse = reference.attention(q, k, v, causal=case.causal, return_lse=True)
+    out.sum().backward()
+
+    def size(*tensors):
+        return sum(t.nbytes for t in tensors)
+
+    lse = lse.float()
+    assert costs.attention_forward(case).bytes == size(q, k, v, out)
+    assert costs.attention_forward(case, save_lse=True).bytes == size(q, k, v, out, lse)
+    assert costs.attention_backward(case).bytes == size(q, k, v, out, out, lse, q.grad, k.grad, v.grad)
+
+
+@pytest.mark.parametrize("affine", (True, False))
+def test_layer_norm_flops_are_counted_by_doing_them(affine):
+    width = 5
+    x, dy, weight, bias, dweight, dbias = ([Count() for _ in range(width)] for _ in range(6))
+
+    def forward_row():
+        mu = mean(x)
+        centred = [a - mu for a in x]
+        rstd = unary(mean([c * c for c in centred]) + 1e-5)
+        y = [c * rstd for c in centred]
+        if affine:
+            y = [a * w for a, w in zip(y, weight, strict=True)]
+            y = [a + b for a, b in zip(y, bias, strict=True)]
+
+    def backward_row():
+        mu, rstd = Count(), Count()
+        x_hat = [(a - mu) * rstd for a in x]
+        grad = [g * w for g, w in zip(dy, weight, strict=True)] if affine else dy
+        first = mean(grad)
+        second = mean([g * h for g, h in zip(grad, x_hat, strict=True)])
+        [(g - first - h * second) * rstd for g, h in zip(grad, x_hat, strict=True)]
+        if affine:
+            [total + g * h for total, g, h in zip(dweight, dy, x_hat, strict=True)]
+            [total + g for total, g in zip(dbias, dy, strict=True)]
+
+    case = LayerNormCase(3, width, affine=affine)
+    assert costs.layer_norm_forward(case).flops == 3 * counted(forward_row)
+    assert costs.layer_norm_backward(case).flops == 3 * counted(backward_row)
+
+
+@pytest.mark.parametrize("affine", (True, False))
+def test_layer_norm_bytes_are_those_of_the_tensors(affine):
+    case = LayerNormCase(3, 8, affine=affine, dtype=torch.bfloat16)
+    x, *parameters = case.inputs()
+    statistics = 2 * 3 * torch.float32.itemsize
+    parameter_bytes = sum(p.nbytes for p in parameters)
+    assert costs.layer_norm_forward(case).bytes == 2 * x.nbytes + parameter_bytes
+    assert costs.layer_norm_forward(case, True).bytes == 2 * x.nbytes + parameter_bytes + statistics
+    # reads x, dy, the weight and the statistics; writes dx, dw and db
+    weight = parameters[0].nbytes if affine else 0
+    assert costs.layer_norm_backward(case).bytes == 3 * x.nbytes + weight + parameter_bytes + statistics
+
+
+def test_gelu_flops_are_counted_by_doing_them():
+    x, dy, c, a = (Count() for _ in range(4))
+
+    def erf_forward():
+        x * 0.5 * (1 + unary(x * c))
+
+    def erf_backward():
+        phi = 0.5 * (1 + unary(x * c))
+        density = c * unary(x * x * -0.5)
+        dy * (phi + x * density)
+
+    def tanh_forward():
+        0.5 * x * (1 + unary(c * (x + a * (x * x * x))))
+
+    def tanh_backward():
+        square = x * x
+        t = unary(c * (x * (1 + a * square)))
+        slope = c * (1 + a * square)  # the a of the derivative is 3 times that of the tanh
+        dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+
+    for approximate, forward, backward in (
+        ("none", erf_forward, erf_backward),
+        ("tanh", tanh_forward, tanh_backward),
+    ):
+        case = GeluCase(2, 3, approximate)
+        assert costs.gelu_forward(case).flops == 6 * counted(forward)
+        assert costs.gelu_backward(case).flops == 6 * counted(backward)
+
+
+def test_gelu_bytes_are_those_of_the_tensors():
+    case = GeluCase(4, 8, dtype=torch.float16)
+    (x,) = case.inputs()
+    assert costs.gelu_forward(case).bytes == 2 * x.nbytes
+    assert costs.gelu_backward(case).bytes == 3 * x.nbytes
+
+
+def test_gpt_step_flops_are_what_pytorch_counts():
+    """With the scores of every pair, which is what the naive model computes: it masks them afterwards."""
+    case = GptCase(layers=2, width=16, heads=2, vocabulary=32, batch=2, seq_len=8)
+    config = TransformerConfig(
+        vocab_size=32, max_length=8, d_model=16, n_layers=2, n_heads=2, implementation="naive"
+    )
+    model, tokens = GPT(config), torch.randint(32, (2, 8))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(tokens, tokens)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert costs.gpt_forward_flops(case, causal=False) == forward.get_total_flops()
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert costs.gpt_step_flops(case, causal=False) == total
+
+
+def test_gpt_step_flops_leave_out_masked_pairs():
+    case = GptCase(layers=3, width=16, heads=2, vocabulary=32, batch=2, seq_len=8)
+    masked = 8 * 7 // 2
+    saved = 3 * 3 * 4 * 2 * masked * 16  # passes, layers, two products, batch, pairs, width
+    assert costs.gpt_step_flops(case, causal=False) - costs.gpt_step_flops(case) == saved
+
+
+def test_rates_and_sums():
+    cost = costs.Cost(flops=6_000_000, bytes=3_000) + costs.Cost(flops=0, bytes=1_000)
+    assert math.isclose(cost.tflops(2.0), 0.003)  # 6e6 in 2e-3 s are 3e9 a second
+    assert math.isclose(cost.gbytes(2.0), 0.002)  # 4e3 in 2e-3 s are 2e6 a second
+
+
+def test_operation_cost_adds_what_backward_needs():
+    attention, norm, gelu = AttentionCase(1, 2, 4, 8), LayerNormCase(2, 8), GeluCase(2, 8)
+    both = "forward+backward"
+    expected = costs.attention_forward(attention, True) + costs.attention_backward(attention)
+    assert costs.operation_cost(attention, both) == expected
+    assert costs.operation_cost(attention, "forward") == costs.attention_forward(attention)
+    expected = costs.layer_norm_forward(norm, True) + costs.layer_norm_backward(norm)
+    assert costs.operation_cost(norm, both) == expected
+    assert costs.operation_cost(gelu, both) == costs.gelu_forward(gelu) + costs.gelu_backward(gelu)
+    assert costs.operation_cost(gelu, "forward") == costs.gelu_forward(gelu)

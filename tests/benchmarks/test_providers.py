@@ -1,0 +1,190 @@
+"""Every provider agrees with the reference on a small case; one that cannot run says why; wrong ones are caught."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import measure, providers
+from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase
+from benchmarks.measure import DIRECTIONS, Inputs, figures, measure_case, prepare
+from benchmarks.providers import PROVIDERS, Absent, provider
+from fastattn import dispatch
+
+CPU = torch.device("cpu")
+CASES = (
+    AttentionCase(2, 4, 9, 16, kv_heads=2, seq_k=13, causal="bottom_right"),
+    AttentionCase(1, 2, 17, 16, causal="top_left"),
+    LayerNormCase(5, 33),
+    LayerNormCase(300, 8, affine=False),
+    GeluCase(3, 17),
+    GeluCase(3, 17, "tanh"),
+)
+GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "fastattn-triton")
+PAIRS = [(case, name) for case in CASES for name in PROVIDERS[case.operation]]
+
+
+@pytest.fixture
+def no_code_generation(monkeypatch):
+    """torch.compile traces, but compiles nothing: seconds instead of minutes, and no C++ compiler needed."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture
+def extra_provider():
+    """Registers a provider for one test."""
+    added = []
+
+    def add(operation, name, function):
+        provider(operation, name)(function)
+        added.append((operation, name))
+
+    yield add
+    for operation, name in added:
+        del PROVIDERS[operation][name]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("case", "name"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_provider_agrees_with_the_reference(case, name, direction, no_interpreter, no_code_generation):
+    """`prepare` raises AssertionError where it does not."""
+    inputs = Inputs(case, CPU)
+    if name in GPU_ONLY:
+        with pytest.raises(Absent, match="GPU"):
+            prepare(inputs, name, direction)
+        return
+    results = prepare(inputs, name, direction)()
+    assert len(results) == (1 if direction == "forward" else 1 + len(inputs.tensors))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
+    """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
+    monkeypatch.setattr(providers, "_refuse_interpreter", lambda device: None)
+    for direction in DIRECTIONS:
+        prepare(Inputs(case, device), "fastattn-triton", direction)
+
+
+def test_interpreter_is_refused_as_a_measurement(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETING", True)
+    with pytest.raises(Absent, match="TRITON_INTERPRET is set"):
+        prepare(Inputs(CASES[-1], CPU), "fastattn", "forward")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_wrong_result_is_caught_before_it_is_timed(case, extra_provider):
+    right = PROVIDERS[case.operation]["torch"]
+    extra_provider(case.operation, "wrong", lambda c, d: lambda *t: right(c, d)(*t) * 1.001)
+    with pytest.raises(AssertionError, match="output: largest error"):
+        prepare(Inputs(case, CPU), "wrong", "forward")
+
+
+def test_wrong_gradient_is_caught(extra_provider):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return torch.nn.functional.gelu(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy
+
+    extra_provider("gelu", "wrong", lambda c, d: Wrong.apply)
+    inputs = Inputs(GeluCase(3, 17), CPU)
+    prepare(inputs, "wrong", "forward")
+    with pytest.raises(AssertionError, match="gradient 0: largest error"):
+        prepare(inputs, "wrong", "forward+backward")
+
+
+def test_wrong_last_row_of_a_parameter_gradient_is_caught(extra_provider):
+    """Results of many rows are compared in part; a parameter's gradient never is."""
+
+    def wrong(case, device):
+        right = PROVIDERS["layer_norm"]["torch"](case, device)
+
+        def call(x, weight, bias):
+            y = right(x, weight, bias)
+            if bias.requires_grad and torch.is_grad_enabled():
+                bias.register_hook(lambda g: g + torch.eye(len(g))[-1])
+            return y
+
+        return call
+
+    extra_provider("layer_norm", "wrong", wrong)
+    with pytest.raises(AssertionError, match="gradient 2: largest error"):
+        prepare(Inputs(LayerNormCase(5, 300), CPU), "wrong", "forward+backward")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    (
+        (RuntimeError("No available kernel.\nAborting execution."), "No available kernel."),
+        (ImportError("No module named 'peer'"), "No module named 'peer'"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory"),
+    ),
+)
+def test_failure_is_an_absence_with_its_reason(error, reason, extra_provider):
+    def failing(case, device):
+        raise error
+
+    extra_provider("gelu", "failing", failing)
+    with pytest.raises(Absent) as absence:
+        prepare(Inputs(GeluCase(3, 17), CPU), "failing", "forward")
+    assert str(absence.value) == reason
+
+
+def test_rows_of_a_case(no_interpreter, extra_provider):
+    extra_provider("gelu", "wrong", lambda c, d: lambda x: x + 1)
+    case, milliseconds = GeluCase(3, 17), iter(range(1, 1000))
+    rows = list(
+        measure_case(
+            case,
+            CPU,
+            rounds=3,
+            names=("naive", "torch", "fastattn", "fastattn-triton", "wrong"),
+            timer=lambda call: (call(), float(next(milliseconds)))[1],
+        )
+    )
+    assert [row["direction"] for row in rows] == ["forward"] * 5 + ["forward+backward"] * 5
+    by_name = {row["provider"]: row for row in rows[:5]}
+    assert by_name["fastattn-triton"]["status"] == "absent"
+    assert "not on a GPU" in by_name["fastattn-triton"]["reason"]
+    assert by_name["wrong"]["status"] == "wrong"
+    assert "median_ms" not in by_name["wrong"]
+    naive = by_name["naive"]  # first in round 0, last in round 1, last in round 2: 1, 6 and 9 ms
+    assert (naive["median_ms"], naive["rounds"]) == (6.0, 3)
+    assert naive["time_vs_naive"] == 1.0
+    assert naive["time_vs_torch"] == pytest.approx(6.0 / by_name["torch"]["median_ms"])
+    assert naive["peak_mib"] > by_name["torch"]["peak_mib"] == pytest.approx(3 * 17 * 4 / 2**20)
+    assert naive["gbytes_per_s"] == pytest.approx(2 * 3 * 17 * 4 / 6e6)
+
+
+def test_figures_without_baselines_have_no_ratio():
+    row = figures(GeluCase(3, 17), "forward", "mine", {"mine": [1.0, 2.0, 3.0]})
+    assert row["median_ms"] == 2.0
+    assert not [key for key in row if key.startswith("time_vs")]
+
+
+def test_copy_rate_counts_bytes_read_and_written(monkeypatch):
+    row = measure.measure_copy(CPU, rounds=2, timer=lambda call: 10.0)
+    assert row["gbytes_per_s"] == pytest.approx(2 * 64 * 2**20 / 10 / 1e6)
+
+
+def test_provider_names_are_checked():
+    with pytest.raises(
+        ValueError, match="operation='gelus' is unknown; there are attention, layer_norm, gelu"
+    ):
+        provider("gelus", "mine")
+    with pytest.raises(ValueError, match="operation 'gelu' has a provider 'torch' already"):
+        provider("gelu", "torch")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("case", "name"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_provider_agrees_with_the_reference_on_a_gpu(case, name, direction, device):
+    try:
+        prepare(Inputs(case, device), name, direction)
+    except Absent as absence:
+        pytest.skip(str(absence))
