@@ -11,11 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 _NEEDED = ("matplotlib", "rich")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 where something failed, 2 where it could not start."""
+    """Runs one command; returns its exit code: 0, 1 where something failed, 2 where it could not start, 130 interrupted."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -70,7 +71,8 @@ def _demo(chosen: argparse.Namespace) -> int:
     except (DemoError, FolderError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        return _refuse("interrupted; demo.jsonl in the results folder keeps what was measured")
+        _refuse("interrupted; demo.jsonl in the results folder keeps what was measured")
+        return INTERRUPTED
     rows = write_report(folder, result, options, make_console())
     print(folder)
     return 0 if any(row["status"] == "ok" for row in rows) else 1

@@ -56,10 +56,11 @@ def loss_plot(result: DemoResult, heading: str, described: dict[str, Any], path:
                 if outcome is not naive:
                     _difference(bottom, outcome.name, outcome.steps, naive.steps)
             bottom.set_yscale("log")
-            bottom.set_ylabel("|loss - naive's loss|")
+            bottom.set_ylabel(f"|loss - naive's|, at least {_LEAST_DIFFERENCE:g}")
             bottom.legend(frameon=False, fontsize=9, ncols=2)
         bottom.set_xlabel("step\n" + device_line(described))
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.set_xlim(left=1 if len(outcomes[0].steps) > 1 else 0)
         save(figure, path)
     return True
 

@@ -181,6 +181,7 @@ def write_report(folder: Path, result: DemoResult, options: DemoOptions, console
         tables.append(point_table(points, options))
     lines = reasons(summary, points)
     scope = "each block" if options.compile_scope == "block" else "the whole model"
+    scope += ", once for all lengths" if options.compile_dynamic else ""
     lines.append(
         "first step: forward and backward with all compiling, not in the step times; peak: weights, optimizer "
         f"and the most that one step adds; [..]: 95 % interval; compile: of {scope}"

@@ -51,7 +51,7 @@ class Worker:
         self.optimizer = make_optimizer(self.model, self.config)
         if self.compiled:
             for module in self.model.blocks if options.compile_scope == "block" else (self.model,):
-                module.compile()
+                module.compile(dynamic=options.compile_dynamic)
 
     def serve(self) -> None:
         """Answers commands until "stop" or the end of the input."""
@@ -103,20 +103,20 @@ class Worker:
 
     def do_train(self, steps: int) -> None:
         """The whole training, in turns: after so many steps, waits for the next command to train."""
-        left = steps
+        turn, taken = steps, 0
 
         def end_of_step(record: StepRecord) -> None:
-            nonlocal left
-            timed = steps - left >= self.options.untimed_per_turn
+            nonlocal turn, taken
+            timed = taken >= self.options.untimed_per_turn
             self.send(event="step", step=record.step, loss=record.loss, ms=record.seconds * 1e3, timed=timed)
-            left -= 1
-            if left == 0 and record.step + 1 < self.config.steps:
+            taken += 1
+            if taken == turn and record.step + 1 < self.config.steps:
                 self.rest()
                 self.send(event="done")
                 command = self.receive()
                 if command is None:
                     raise SystemExit(0)
-                left = command["steps"]
+                turn, taken = command["steps"], 0
 
         stream = self.batches(self.options.batch_size, self.options.seq_len)
         train(self.model, stream, self.config, optimizer=self.optimizer, on_step=end_of_step)

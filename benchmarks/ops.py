@@ -48,8 +48,9 @@ def run_ops(options: OpsOptions, console: Console, say: Callable[[str], None]) -
     for part in options.parts:
         if part == "host":
             say("host cost a call")
-            for row in measure_host(rounds=options.rounds):
-                writer.write(row)
+            for device in dict.fromkeys(("cpu", options.device.type)):
+                for row in measure_host(device, options.rounds):
+                    writer.write(row)
         elif part == "import":
             say("import")
             writer.write(measure_import())

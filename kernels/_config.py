@@ -153,19 +153,19 @@ class LayerNormBackwardConfig:
 def select_layer_norm_forward_config(
     width: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> LayerNormConfig:
-    """A tile of whole rows up to 32,768 columns, column tiles above.
+    """A tile of whole rows up to 16,384 columns, column tiles above.
 
     `alignment` is what is known to divide the width and the row strides, in elements; the narrower the loads it
     allows, the more registers their addresses take.
 
-    Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight,
-    and 32 warps, the most there can be, hold 32,768 columns in their 64 registers a thread without spills.
+    Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight. For
+    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets.
     """
     block_n = _power_of_2(width)
     if target.backend == "interpreter":
         return LayerNormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
     per_thread = 32 if _loads_are_wide(alignment, dtype) else 16
-    if block_n > 1024 * per_thread:
+    if block_n > 512 * per_thread:
         return LayerNormConfig(1, 256 * per_thread, _warps(8, target))
     warps = max(block_n // per_thread // 32, 4)
     return LayerNormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, _warps(warps, target))

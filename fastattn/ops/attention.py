@@ -178,8 +178,9 @@ def _run_torch(
         return _apply("blockwise", q, k, v, causal, scale, return_lse)
     # A single query at the bottom right sees every key.
     is_causal = causal is not False and not (causal == "bottom_right" and q.size(2) == 1)
-    # bool(): with dynamic shapes the comparison is symbolic, and PyTorch's argument takes a plain bool.
-    grouped = bool(q.size(1) != k.size(1))
+    grouped = False
+    if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
+        grouped = True
     return F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
 

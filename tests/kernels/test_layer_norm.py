@@ -19,7 +19,7 @@ from fastattn.kernels._config import (
 )
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.kernels.layer_norm_backward import layer_norm_backward
-from fastattn.kernels.layer_norm_forward import layer_norm_forward
+from fastattn.kernels.layer_norm_forward import as_rows, layer_norm_forward
 from fastattn.testing import assert_accurate, make_tensor
 
 EPS = 1e-5
@@ -165,17 +165,36 @@ def test_shipped_configs_match_reference(width: int, target: str, device: torch.
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_at_a_distance_are_read_in_place(
-    form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gaps between the rows hold NaN; no copy is made of x or dy."""
-    forward, backward = FORMS[form]
-    strides = (50, 1)
-    x = make_tensor(6, 37, strides=strides, device=device)
+def test_rows_at_a_distance(form: str, device: torch.device) -> None:
+    """Gaps between the rows hold NaN."""
+    x = make_tensor(6, 37, strides=(50, 1), device=device)
     dy = make_tensor(6, 37, strides=(41, 1), device=device, seed=1)
     weight, bias = make_tensor(37, device=device, seed=2), make_tensor(37, device=device, seed=3)
-    monkeypatch.setattr(Tensor, "contiguous", lambda t: t if t.is_contiguous() else pytest.fail("a copy"))
-    check(x, weight, bias, dy, forward, backward)
+    check(x, weight, bias, dy, *FORMS[form])
+
+
+@pytest.mark.parametrize(
+    "shape, strides, copied",
+    [
+        ((6, 8), (8, 1), False),
+        ((6, 8), (11, 1), False),
+        ((6, 8), (0, 1), False),
+        ((2, 3, 8), (33, 11, 1), False),
+        ((2, 3, 4, 2), (33, 11, 2, 1), False),
+        ((6, 1), (5, 9), False),
+        ((6, 8), (1, 6), True),
+        ((2, 3, 8), (8, 16, 1), True),
+    ],
+    ids=str,
+)
+def test_rows_at_equal_distances_are_not_copied(
+    shape: tuple[int, ...], strides: tuple[int, ...], copied: bool, device: torch.device
+) -> None:
+    width = 1 if shape[-1] == 1 else 8
+    x = torch.arange(100.0, device=device).as_strided(shape, strides)
+    matrix = as_rows(x, 6, width)
+    assert torch.equal(matrix, x.reshape(6, width))
+    assert (matrix.data_ptr() != x.data_ptr()) == copied
 
 
 @pytest.mark.parametrize("form", FORMS)
