@@ -16,7 +16,7 @@ _NEEDED = ("matplotlib", "rich")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 where something failed, 2 where it could not start, 130 interrupted."""
+    """Runs one command; its exit code is 0, 1 (something failed), 2 (could not start) or 130 (interrupted)."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]

@@ -165,13 +165,14 @@ def host_table(rows: Iterable[Row]) -> Table:
     ):
         table.add_column(header, justify="left" if header.startswith("fastattn") else "right")
     for row in rows:
+        bound = row["bound_us"]
         table.add_row(
             row["case"],
             f"{row['median_us']:.2f}",
             f"{row['low_us']:.2f}-{row['high_us']:.2f}",
             f"{row['torch_us']:.2f}",
-            f"{row['above_torch_us']:.2f}" + ("" if row["above_torch_us"] <= row["bound_us"] else " over"),
-            f"{row['bound_us']:g}",
+            f"{row['above_torch_us']:.2f}" + (" over" if row["above_torch_us"] > (bound or math.inf) else ""),
+            "" if bound is None else f"{bound:g}",
         )
     return table
 

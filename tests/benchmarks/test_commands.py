@@ -158,6 +158,16 @@ def test_gpu_without_a_gpu(refused, tmp_path):
     assert one_line(refused("demo", "--device", "cuda")) == line
 
 
+def test_interruption_is_one_line(monkeypatch, capfd, text, tmp_path):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Demo, "run", interrupted)
+    out = str(tmp_path / "out")
+    assert commands.main(["demo", "--data", str(text), "--seq-len", "16", "--out", out]) == 130
+    assert "interrupted; demo.jsonl" in one_line(capfd.readouterr().err.strip().splitlines()[-1])
+
+
 def test_results_folders_of_the_demo_are_dated_and_never_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = demo.make_folder(None), demo.make_folder(None)

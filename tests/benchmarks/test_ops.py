@@ -48,7 +48,7 @@ def test_ops_writes_every_file_and_prints_the_folder_last(tmp_path, capsys):
 
 @pytest.mark.usefixtures("small_case", "no_interpreter")
 def test_ops_rows_survive_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(ops, "measure_host", lambda rounds: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ops, "measure_host", lambda device, rounds: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         commands.main(f"ops gelu host --device cpu --rounds 1 --providers naive --out {tmp_path}".split())
     assert len(read_rows(tmp_path / "ops.jsonl")) == 2 * len(DIRECTIONS)
@@ -57,7 +57,7 @@ def test_ops_rows_survive_an_interruption(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("no_interpreter")
 def test_host_cost_is_the_difference_to_pytorch():
     rows = list(measure_host(rounds=3))
-    assert [row["case"] for row in rows] == list(host_pairs())
+    assert [row["case"] for row in rows] == [f"{name}, cpu" for name in host_pairs()]
     for row in rows:
         assert 0 < row["low_us"] <= row["median_us"] <= row["high_us"]
         assert row["above_torch_us"] < row["median_us"]

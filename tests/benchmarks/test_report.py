@@ -105,6 +105,7 @@ def test_table_shows_figures_and_absences():
 
 def test_host_cost_over_its_bound_is_marked():
     assert "16.00 over" in printed([HOST | {"above_torch_us": 16.0}])
+    assert "over" not in printed([HOST | {"above_torch_us": 16.0, "bound_us": None}])
 
 
 @pytest.mark.parametrize(
