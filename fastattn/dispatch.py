@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ class Implementation:
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
     describe: Callable[..., str]
-    step_aside: Callable[..., str | None] = field(default=lambda *arguments: None)
+    step_aside: Callable[..., str | None] | None = None
     only_by_name: bool = False
 
 
@@ -121,7 +121,8 @@ class Operation:
         if requested is not None:
             return self._named(requested, *arguments).run(*arguments)
         for implementation in self.automatic:
-            if implementation.refuse(*arguments) is None and implementation.step_aside(*arguments) is None:
+            aside = implementation.step_aside
+            if implementation.refuse(*arguments) is None and (aside is None or aside(*arguments) is None):
                 return implementation.run(*arguments)
         raise NotSupported(self._no_implementation(*arguments))
 
@@ -153,7 +154,9 @@ class Operation:
     ) -> str | None:
         if implementation.only_by_name:
             return "runs only when asked for by name"
-        reason = implementation.refuse(*arguments) or implementation.step_aside(*arguments)
+        reason = implementation.refuse(*arguments)
+        if reason is None and implementation.step_aside is not None:
+            reason = implementation.step_aside(*arguments)
         if reason is None and choice is not None:
             return f"{choice.name!r} comes first"
         return reason
