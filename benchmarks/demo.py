@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.demo_options import DemoError, DemoOptions
+from benchmarks.demo_options import IMPLEMENTATIONS, DemoError, DemoOptions
 from benchmarks.processes import Event, WorkerFailed, WorkerProcess, WorkerRefused, worker_environment
 from benchmarks.report import RowWriter, results_folder
 from benchmarks.timing import round_order
@@ -111,9 +111,13 @@ def make_folder(out: str | None) -> Path:
 
 def planned_units(options: DemoOptions) -> float:
     """Length of the progress bar."""
-    per_length = 2 + options.repeats
-    scale = sum(length / options.seq_len for length in options.seq_lens)
-    return len(options.implementations) * (2 * _START_UNITS + options.steps + 2 + per_length * scale)
+    lengths = sum((2 + rounds_at(n, options)) * n / options.seq_len for n in options.seq_lens)
+    return len(options.implementations) * (2 * _START_UNITS + options.steps + 2 + lengths)
+
+
+def rounds_at(seq_len: int, options: DemoOptions) -> int:
+    """Timed steps at a length of the plot: up to five times as many where a step is short, and noise large."""
+    return options.repeats * max(1, min(5, options.seq_len // seq_len))
 
 
 class Demo:
@@ -146,9 +150,14 @@ class Demo:
 
     def _start(self, scratch: Path) -> None:
         torch.save(self.tokens, scratch / "tokens.pt")
+        # Those that compile do so at the same time and share the cores.
+        threads = (os.cpu_count() or 1) // max(1, sum(IMPLEMENTATIONS[n][1] for n in self.outcomes))
         for name in self.options.implementations:
             # A fresh compiler cache each, so that one row's compilation is not paid by another's.
-            extra = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / f"inductor-{name}")}
+            extra = {
+                "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"inductor-{name}"),
+                "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, threads)),
+            }
             setup = {"name": name, "options": asdict(self.options), "tokens": str(scratch / "tokens.pt")}
             self._workers[name] = WorkerProcess(
                 "benchmarks.demo_worker", setup, self._logs / f"{name}.log", worker_environment(extra)
@@ -159,11 +168,19 @@ class Demo:
             self.progress("starting the processes", _START_UNITS)
 
     def _first_steps(self) -> None:
-        for name in list(self._workers):
-            self.progress(f"first step of {name}" + (", compiling" if name.endswith("compile") else ""), 0)
-            with self._failing(name):
-                self.outcomes[name].first_step_s = self._workers[name].ask({"do": "first"})["seconds"]
-            self.progress(f"first step of {name}", _START_UNITS)
+        """Forward and backward once, not counted; those that compile do so side by side, as it takes long."""
+        eager = [name for name in self._workers if not IMPLEMENTATIONS[name][1]]
+        compiled = [name for name in self._workers if IMPLEMENTATIONS[name][1]]
+        for together in (*([name] for name in eager), compiled):
+            for name in together:
+                self.progress(f"first step of {name}" + (", compiling" if together is compiled else ""), 0)
+                with self._failing(name):
+                    self._workers[name].begin({"do": "first"})
+            for name in together:
+                if name in self._workers:
+                    with self._failing(name):
+                        self.outcomes[name].first_step_s = self._workers[name].wait("done")["seconds"]
+                self.progress(f"first step of {name}", _START_UNITS)
 
     def _train(self) -> None:
         left, index = self.options.steps, 0
@@ -207,7 +224,7 @@ class Demo:
                     self._workers[name].ask({"do": "steps", "steps": 1, **size})
                     point.peak_bytes = self._workers[name].ask({"do": "memory", **size})["peak"]
             self.progress(label, 2 * units)
-        for index in range(self.options.repeats):
+        for index in range(rounds_at(seq_len, self.options)):
             for name in round_order(list(points), index):
                 if points[name].reason is None:
                     with self._failing(name, points[name]):

@@ -44,7 +44,7 @@ class DemoOptions:
     layers: int = 3
     width: int = 192
     heads: int = 3
-    steps: int = 40
+    steps: int = 60
     batch_size: int = 1
     seq_len: int = 1024
     learning_rate: float = 3e-4
@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("layers", "Transformer blocks"),
         ("width", "width of the residual stream"),
         ("heads", "attention heads"),
-        ("repeats", "timed steps at each length of the speed and memory plot"),
+        ("repeats", "timed steps at a length of the speed and memory plot; more at short ones"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     parser.add_argument("--learning-rate", type=float, metavar="X")

@@ -183,8 +183,8 @@ def write_report(folder: Path, result: DemoResult, options: DemoOptions, console
     scope = "each block" if options.compile_scope == "block" else "the whole model"
     scope += ", once for all lengths" if options.compile_dynamic else ""
     lines.append(
-        "first step: forward and backward with all compiling, not in the step times; peak: weights, optimizer "
-        f"and the most that one step adds; [..]: 95 % interval; compile: of {scope}"
+        "first step: forward and backward with all compiling, not in the step times; compilations run side by "
+        f"side; peak: weights, optimizer and the most that one step adds; [..]: 95 % interval; compile: of {scope}"
     )
     text = io.StringIO()
     for target in (console, Console(file=text, width=170)):

@@ -65,8 +65,12 @@ class WorkerProcess:
             WorkerFailed: the process is gone or silent.
             WorkerRefused: it lives, but could not do this.
         """
-        self._send(command)
+        self.begin(command)
         return self.wait("done", on_event)
+
+    def begin(self, command: dict[str, Any]) -> None:
+        """Sends a command without waiting for its answer; `wait("done")` takes that."""
+        self._send(command)
 
     def wait(self, last: str, on_event: Callable[[Event], None] | None = None) -> Event:
         while True:

@@ -71,7 +71,7 @@ def test_every_file_is_there(run):
 def test_progress_and_notice_are_on_standard_error(run):
     errors = run[1].stderr
     assert "TRITON_INTERPRET is set; the demo runs without it" in errors
-    assert "training, step 2 of 3: loss" in errors
+    assert "of 3: loss" in errors
     assert errors.splitlines()[-1] == "100 %  done"
     assert "Traceback" not in errors
 
@@ -113,8 +113,8 @@ def test_without_a_compiler_the_row_says_so(run, content):
 def test_memory_and_time_at_every_length(content):
     points = [(p["implementation"], p["seq_len"]) for p in content["lengths"]]
     assert points == [(name, length) for length in LENGTHS for name in ("naive", "torch", "fastattn")]
-    for point in content["lengths"]:
-        assert point["timed_steps"] == 2
+    for point in content["lengths"]:  # twice as many at half the training's length
+        assert point["timed_steps"] == {16: 4, 48: 2}[point["seq_len"]]
     peaks = {(p["implementation"], p["seq_len"]): p["peak_mib"] for p in content["lengths"]}
     assert peaks["naive", 48] > peaks["naive", 16]
     assert peaks["naive", 48] > peaks["fastattn", 48]
@@ -145,13 +145,21 @@ class FakeWorker:
     """Answers at once, and fails as told: {what is asked for: exception}."""
 
     asked: ClassVar[list[tuple[str, str, int]]] = []
+    log: ClassVar[list[tuple[str, str]]] = []
     failures: ClassVar[dict[tuple[str, str, int], Exception]] = {}
 
     def __init__(self, module, setup, log, environment):
         self.name, self.steps = setup["name"], 0
 
+    def begin(self, command):
+        self.begun = command
+        self.log.append((self.name, "begin"))
+
     def wait(self, last):
-        return {"event": last, "parameters": 5}
+        if last == "ready":
+            return {"event": last, "parameters": 5}
+        self.log.append((self.name, "wait"))
+        return self.ask(self.begun)
 
     def ask(self, command, on_event=None):
         key = (self.name, command["do"], command.get("seq_len", 0))
@@ -171,11 +179,12 @@ class FakeWorker:
 def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "WorkerProcess", FakeWorker)
     monkeypatch.setattr(FakeWorker, "asked", [])
+    monkeypatch.setattr(FakeWorker, "log", [])
     monkeypatch.setattr(FakeWorker, "failures", {})
 
     def run_fake(**options) -> DemoResult:
         tokens = demo.torch.zeros(4, dtype=demo.torch.uint8)
-        chosen = DemoOptions(implementations=("naive", "torch", "fastattn"), **options)
+        chosen = DemoOptions(**{"implementations": ("naive", "torch", "fastattn"), **options})
         return Demo(chosen, tokens, tmp_path, lambda text, units: None).run()
 
     return run_fake
@@ -189,6 +198,24 @@ def test_training_goes_in_turns_whose_order_changes(fake):
     assert turns[6:9] == ["torch", "fastattn", "naive"]
     assert len(turns) == 3 * 4
     assert all(len(outcome.steps) == 7 for outcome in result.outcomes.values())
+
+
+def test_compilations_run_side_by_side_after_the_others(fake):
+    names = ("torch-compile", "naive", "fastattn-compile")
+    result = fake(steps=1, seq_lens=(), implementations=names)
+    assert [name for name, do, _ in FakeWorker.asked if do == "first"] == [
+        "naive",
+        "torch-compile",
+        "fastattn-compile",
+    ]
+    begun = [entry for entry in FakeWorker.log if entry[1] in ("begin", "wait")]
+    assert begun[-4:] == [
+        ("torch-compile", "begin"),
+        ("fastattn-compile", "begin"),
+        ("torch-compile", "wait"),
+        ("fastattn-compile", "wait"),
+    ]
+    assert all(outcome.first_step_s == 1.0 for outcome in result.outcomes.values())
 
 
 def test_death_in_training_costs_one_row(fake):
