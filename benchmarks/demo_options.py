@@ -41,7 +41,7 @@ class DemoOptions:
     dtype: str = "fp32"
     tokenizer: str = "bytes"
     vocabulary: int = 256
-    layers: int = 3
+    layers: int = 2
     width: int = 192
     heads: int = 3
     steps: int = 60
