@@ -6,6 +6,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 OUT ?= out/gpu
+GPU_ARGS ?=
 
 # One worker a core, one thread a worker: the interpreter that runs the kernels on a CPU is Python code, so
 # PyTorch's own threads would only take cores from the other workers. Beyond 8 workers the imports dominate.
@@ -25,7 +26,7 @@ VERSION_CHECK := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3,
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON (3.10 to 3.13), EXTRAS, DEMO_ARGS, BENCH_ARGS, PYTEST_ARGS, TEST_WORKERS, OUT, GPU_PYTHON"
+	@echo "Variables: PYTHON (3.10 to 3.13), EXTRAS, DEMO_ARGS, BENCH_ARGS, PYTEST_ARGS, TEST_WORKERS, OUT, GPU_ARGS, GPU_PYTHON"
 
 install: $(STAMP)  ## make .venv and install the package in it, editable, with the pinned versions
 
@@ -58,8 +59,8 @@ demo: $(STAMP)  ## train a GPT on real text with every implementation and write 
 bench: $(STAMP)  ## the benchmarks of benchmarks/bench_*.py on this machine
 	$(VENV_PYTHON) -m pytest benchmarks $(BENCH_ARGS)
 
-gpu:  ## the tests marked gpu and the benchmarks into OUT; needs PyTorch and Triton, not .venv
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks gpu --out "$(OUT)"
+gpu:  ## the tests marked gpu and the benchmarks into OUT; runs from the checkout where there is no .venv
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks gpu --out "$(OUT)" $(GPU_ARGS)
 
 wheel: $(STAMP)  ## the wheel, into dist/
 	rm -rf build  # setuptools would pack what an earlier build left there

@@ -1,4 +1,4 @@
-"""`python -m benchmarks demo|ops|gpu`: the main job, the operations one by one, and everything on a GPU."""
+"""`python -m benchmarks demo|ops|inspect|gpu`: the main job, the operations, their machine code, all on a GPU."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     ops.add_argument("--commit", help="recorded where the checkout has no git history")
     ops.set_defaults(run=_ops)
 
+    from benchmarks.inspection import command as inspection
+
+    inspect = commands.add_parser(
+        "inspect", help="compile kernels for GPUs that are not there, and read the code"
+    )
+    inspection.add_arguments(inspect)
+    inspect.set_defaults(run=_inspect)
+
     gpu = commands.add_parser(
         "gpu", help="on a GPU: the tests marked gpu, then the benchmarks, into a folder"
     )
@@ -93,7 +101,11 @@ def _ops(chosen: argparse.Namespace) -> int:
     if chosen.rounds < 1:
         return _refuse(f"--rounds {chosen.rounds} must be at least 1")
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
         return _refuse(f"--device {device} must be cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         return _refuse(f"--device {device}: PyTorch finds no GPU here")
@@ -111,9 +123,28 @@ def _ops(chosen: argparse.Namespace) -> int:
         tuple(chosen.providers),
         chosen.commit,
     )
-    run_ops(options, make_console(), _say)
+    rows = run_ops(options, make_console(), _say)
     print(folder)
-    return 0
+    if not rows:
+        return _refuse("nothing was measured: no case and provider has a name that was asked for")
+    return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from benchmarks.inspection import command
+    from benchmarks.inspection.compare import ComparisonError
+    from benchmarks.progress import progress_bar
+    from benchmarks.report import FolderError, make_console, results_folder
+    from fastattn import dispatch
+
+    if dispatch.INTERPRETING:
+        return _refuse("TRITON_INTERPRET is set, and the interpreter takes the compiler's place: unset it")
+    try:
+        if chosen.json:
+            results_folder(chosen.json.absolute().parent)
+        return command.inspect(chosen, command.plan(chosen), make_console(), progress_bar)
+    except (command.InspectError, ComparisonError, FolderError) as error:
+        return _refuse(str(error))
 
 
 def _gpu(chosen: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from benchmarks.cases import OpCase, operation_cases
 from benchmarks.costs import operation_cost
 from benchmarks.environment import environment
-from benchmarks.measure import DIRECTIONS, Inputs, prepare, release
+from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare, release
 from benchmarks.memory import peak_memory
 from benchmarks.providers import PROVIDERS, Absent
 from benchmarks.timing import CudaTimer, summarize, synchronize
@@ -65,6 +65,10 @@ def measure(benchmark: Any, inputs_of: Callable[[OpCase], Inputs]) -> Callable[[
             call = prepare(inputs, name, direction)
         except Absent as absence:
             pytest.skip(f"absent: {absence}")
+        except Failed as failure:
+            if failure.status == "out of memory":
+                pytest.skip("out of memory")
+            raise
         time_call(benchmark, call, inputs.device)
         cost = operation_cost(case, direction)
         median_ms = benchmark.extra_info.get("device_ms", 0.0) or median_of(benchmark)

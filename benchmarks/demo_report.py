@@ -15,7 +15,7 @@ from benchmarks.demo_options import DemoOptions
 from benchmarks.environment import environment, row_environment
 from benchmarks.measure import Row
 from benchmarks.report import ratio, significant, spread, write_csv, write_json
-from benchmarks.timing import ratio_of_medians, summarize
+from benchmarks.timing import summarize, time_ratio
 
 
 def summary_rows(result: DemoResult, options: DemoOptions) -> list[Row]:
@@ -45,7 +45,7 @@ def _summary(outcome: Outcome, result: DemoResult, options: DemoOptions) -> Row:
     for baseline in ("torch", "naive"):
         other = result.outcomes.get(baseline)
         if other is not None and other.reason is None:
-            found = ratio_of_medians(times, timed(other))
+            found = time_ratio(times, timed(other))
             key = f"time_vs_{baseline}"
             row |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
     return row

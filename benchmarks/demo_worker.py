@@ -6,6 +6,7 @@ parent lets the processes work in turns; one that waits for its turn uses no cor
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -57,10 +58,14 @@ class Worker:
         """Answers commands until "stop" or the end of the input."""
         self.send(event="ready", parameters=sum(p.numel() for p in self.model.parameters()))
         while (command := self.receive()) is not None:
+            fits = True
             try:
                 getattr(self, "do_" + command.pop("do"))(**command)
             except torch.OutOfMemoryError:
+                fits = False
+            if not fits:  # out here, where the error no longer holds the step's tensors
                 self.optimizer.zero_grad(set_to_none=True)
+                gc.collect()
                 self.rest()
                 self.send(event="refused", reason="out of memory")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from benchmarks.cases import AttentionCase, LayerNormCase, OpCase
 from benchmarks.costs import operation_cost
 from benchmarks.memory import peak_memory
 from benchmarks.providers import BASELINES, PROVIDERS, Absent, Function
-from benchmarks.timing import Timer, interleave, make_timer, ratio_of_medians, summarize, synchronize
+from benchmarks.timing import Timer, interleave, make_timer, summarize, synchronize, time_ratio
 from fastattn import NotSupported, reference
 from fastattn.testing import assert_accurate, make_tensor
 
@@ -92,6 +93,18 @@ class Inputs:
         return tuple(t[:_CHECKED_ROWS] if t.dim() > 1 else t for t in results)
 
 
+class Failed(Exception):
+    """A provider ran and did not do its work: "wrong", "out of memory" or "failed", and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
+# How PyTorch says that a forced back end does not take a call, and that there is no compiler.
+_REFUSED = re.compile(r"No available kernel|C\+\+ compiler|InvalidCxxCompiler")
+
+
 def _run_both(function: Function, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
     out = function(*leaves)
@@ -103,22 +116,23 @@ def prepare(inputs: Inputs, name: str, direction: str) -> Callable[[], tuple[Ten
 
     Raises:
         Absent: the provider cannot run here.
-        AssertionError: it ran and its result is wrong.
+        Failed: it should have run; the row's status is the error's.
     """
     try:
         function = PROVIDERS[inputs.case.operation][name](inputs.case, inputs.device)
         inputs.check(function, direction)
-    except NotSupported as refusal:
-        raise Absent(str(refusal)) from refusal
-    except AssertionError:
+    except Absent:
         raise
+    except (NotSupported, ImportError) as refusal:
+        raise Absent(first_line(refusal)) from refusal
+    except AssertionError as error:
+        raise Failed("wrong", first_line(error)) from error
     except torch.OutOfMemoryError as error:
-        raise Absent("out of memory") from error
-    except (
-        RuntimeError,
-        ImportError,
-    ) as error:  # a back end that refuses, a compiler or peer that is missing
-        raise Absent(first_line(error)) from error
+        raise Failed("out of memory", "out of memory") from error
+    except Exception as error:  # whatever a kernel raises is that row's result, and the next row runs
+        if isinstance(error, RuntimeError) and _REFUSED.search(str(error)):
+            raise Absent(first_line(error)) from error
+        raise Failed("failed", f"{type(error).__name__}: {first_line(error)}") from error
     return inputs.call(function, direction)
 
 
@@ -140,7 +154,7 @@ def measure_case(
 ) -> Iterator[Row]:
     """Rows of all providers of a case's operation (or those named), a direction at a time."""
     timer = timer or make_timer(device)
-    names = names or tuple(PROVIDERS[case.operation])
+    names = tuple(PROVIDERS[case.operation]) if names is None else names
     inputs = Inputs(case, device)
     for direction in directions:
         rows: dict[str, Row] = {}
@@ -157,8 +171,8 @@ def measure_case(
                 calls[name] = prepare(inputs, name, direction)
             except Absent as absence:
                 rows[name] |= {"status": "absent", "reason": str(absence)}
-            except AssertionError as wrong:
-                rows[name] |= {"status": "wrong", "reason": first_line(wrong)}
+            except Failed as failure:
+                rows[name] |= {"status": failure.status, "reason": failure.reason}
         samples = interleave(calls, timer, rounds)
         for name, call in calls.items():
             rows[name] |= figures(case, direction, name, samples)
@@ -182,7 +196,7 @@ def figures(case: OpCase, direction: str, name: str, samples: dict[str, list[flo
     }
     for baseline in BASELINES:
         if baseline in samples:
-            ratio = ratio_of_medians(samples[name], samples[baseline])
+            ratio = time_ratio(samples[name], samples[baseline])
             row |= {
                 f"time_vs_{baseline}": ratio.value,
                 f"time_vs_{baseline}_low": ratio.low,

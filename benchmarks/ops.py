@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -42,6 +43,7 @@ def run_ops(options: OpsOptions, console: Console, say: Callable[[str], None]) -
         say: called with a line before each case.
     """
     described = environment(options.device, options.commit)
+    (options.out / "ops.jsonl").unlink(missing_ok=True)
     writer = RowWriter(options.out / "ops.jsonl", row_environment(described))
     if options.device.type == "cuda" and any(part in PROVIDERS for part in options.parts):
         writer.write(measure_copy(options.device, options.rounds))
@@ -56,13 +58,17 @@ def run_ops(options: OpsOptions, console: Console, say: Callable[[str], None]) -
             writer.write(measure_import())
         else:
             _measure_operation(part, options, writer, say)
-    write_csv(options.out / "ops.csv", writer.rows)
-    write_json(options.out / "ops.json", {"environment": described, "rows": writer.rows})
+    _report(options, described, writer.rows, console)
+    return writer.rows
+
+
+def _report(options: OpsOptions, described: dict[str, Any], rows: list[Row], console: Console) -> None:
+    write_csv(options.out / "ops.csv", rows)
+    write_json(options.out / "ops.json", {"environment": described, "rows": rows})
     for part in options.parts:
         if part in PROVIDERS:
-            plots.operation_plot(part, writer.rows, described, options.out / f"{part}.png")
-    print_rows(writer.rows, console)
-    return writer.rows
+            plots.operation_plot(part, rows, described, options.out / f"{part}.png")
+    print_rows(rows, console)
 
 
 def _measure_operation(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
 from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase
@@ -72,11 +73,13 @@ def attention_naive(case: AttentionCase, device: torch.device) -> Function:
 
 @provider("attention", "torch")
 def attention_torch(case: AttentionCase, device: torch.device) -> Function:
-    """PyTorch's own choice of back end. It has no bottom-right alignment, so that is a boolean mask."""
+    """PyTorch's own choice of back end; bottom-right alignment is its CausalBias, which its GPU back ends know."""
     _, heads, kv_heads, seq_q, seq_k, _ = case.shape
-    mask = None
+    mask: Tensor | None = None
     if case.causal == "bottom_right" and seq_q != seq_k:
-        mask = reference.causal_mask(seq_q, seq_k, case.causal, device)
+        mask = causal_lower_right(seq_q, seq_k)
+        if device.type != "cuda":
+            mask = reference.causal_mask(seq_q, seq_k, case.causal, device)
     is_causal = bool(case.causal) and mask is None
     return lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal, enable_gqa=heads != kv_heads

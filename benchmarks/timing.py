@@ -24,6 +24,9 @@ _CPU_SAMPLE_MS = 10.0
 # The host needs this head start so that a GPU's queue never runs dry while a small kernel is timed: an eager
 # forward and backward costs up to half a millisecond of host time. 2e6 cycles are about 1 ms at 2 GHz.
 _GPU_HEAD_START_CYCLES = 2_000_000
+_MOST_HEAD_START_CYCLES = (
+    64 * _GPU_HEAD_START_CYCLES
+)  # a call that waits for the device itself is never in time
 
 
 @dataclass(frozen=True)
@@ -60,36 +63,43 @@ class Ratio:
     high: float
 
 
-def ratio_of_medians(
+def time_ratio(
     samples: Sequence[float], baseline: Sequence[float], resamples: int = 1000, seed: int = 0
 ) -> Ratio:
-    """median(samples) / median(baseline), with a bootstrap interval over rounds.
+    """How many times the baseline's time, with a bootstrap interval over rounds.
 
-    Where both were measured in the same rounds (equal counts), rounds are drawn in pairs, so that what a
-    round did to both cancels; else each side is drawn on its own.
+    Where both were measured in the same rounds (equal counts), it is the median of the rounds' ratios, so that what
+    a round did to both cancels; else the ratio of the medians, each side drawn on its own.
     """
-    value = statistics.median(samples) / statistics.median(baseline)
     generator = random.Random(seed)
-    ratios = []
-    for _ in range(resamples):
-        chosen = generator.choices(range(len(samples)), k=len(samples))
-        others = chosen
-        if len(samples) != len(baseline):
-            others = generator.choices(range(len(baseline)), k=len(baseline))
-        drawn = statistics.median(samples[i] for i in chosen)
-        ratios.append(drawn / statistics.median(baseline[i] for i in others))
-    ratios.sort()
-    return Ratio(value, ratios[int(0.025 * resamples)], ratios[int(0.975 * resamples)])
+    if len(samples) == len(baseline):
+        rounds = [a / b for a, b in zip(samples, baseline, strict=True)]
+        value = statistics.median(rounds)
+        drawn = [_median_of_draw(rounds, generator) for _ in range(resamples)]
+    else:
+        value = statistics.median(samples) / statistics.median(baseline)
+        drawn = [
+            _median_of_draw(samples, generator) / _median_of_draw(baseline, generator)
+            for _ in range(resamples)
+        ]
+    drawn.sort()
+    return Ratio(value, drawn[int(0.025 * resamples)], drawn[int(0.975 * resamples)])
+
+
+def _median_of_draw(values: Sequence[float], generator: random.Random) -> float:
+    return statistics.median(generator.choices(values, k=len(values)))
 
 
 def round_order(names: Sequence[str], round_index: int) -> list[str]:
-    """The order of one round: rotated by one each round, and reversed in every second one.
+    """The order of one round, by the design of Williams (1949).
 
-    So each provider comes first, last and behind each other one about equally often.
+    In 2n rounds of n names each has every place and directly follows every other equally often, so that what one
+    leaves behind (a cache, a heap, heat) falls on all others alike.
     """
-    start = (round_index // 2) % len(names)
-    order = [*names[start:], *names[:start]]
-    return order[::-1] if round_index % 2 else order
+    n = len(names)
+    zigzag = [index // 2 if index % 2 == 0 else n - 1 - index // 2 for index in range(n)]
+    order = [names[(place + round_index) % n] for place in zigzag]
+    return order[::-1] if (round_index // n) % 2 else order
 
 
 def interleave(
@@ -144,15 +154,21 @@ class CudaTimer:
         size = 2 * getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 128 << 20)
         self._flush = torch.empty(max(size, 64 << 20), dtype=torch.int8, device=self.device)
 
+        self._head_start = _GPU_HEAD_START_CYCLES
+
     def __call__(self, call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_GPU_HEAD_START_CYCLES)
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end)
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(self._head_start)
+            self._flush.zero_()
+            start.record()
+            call()
+            late = start.query()  # the device is here already, and has waited for the host in between
+            end.record()
+            torch.cuda.synchronize(self.device)
+            if not late or self._head_start >= _MOST_HEAD_START_CYCLES:
+                return start.elapsed_time(end)
+            self._head_start *= 2
 
 
 def make_timer(device: torch.device | str) -> Timer:

@@ -3,11 +3,15 @@
 Importing this package needs neither a GPU nor Triton, and changes nothing in any other package.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from fastattn import nn, reference
 from fastattn.dispatch import Explanation, NotSupported, explain, use_implementation
-from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention import attention
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -19,8 +23,23 @@ __all__ = [
     "explain",
     "gelu",
     "layer_norm",
+    "models",
     "nn",
     "reference",
     "scaled_dot_product_attention",
+    "testing",
     "use_implementation",
 ]
+
+if TYPE_CHECKING:
+    from fastattn import models, testing
+else:
+    # Imported when they are first asked for. Type checkers do not see this function, so that to them a name
+    # that does not exist stays an error.
+    def __getattr__(name):
+        if name in ("models", "testing"):
+            return import_module(f"fastattn.{name}")
+        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -36,9 +36,9 @@ INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in
 # here; until then a bfloat16 product is refused rather than wrong.
 interpreter_multiplies_bfloat16 = False
 
-# The oldest NVIDIA architecture Triton compiles for, and the oldest with bfloat16 tensor cores.
-_MIN_CAPABILITY = (7, 5)
-_MIN_CAPABILITY_BFLOAT16 = (8, 0)
+# The oldest NVIDIA architecture Triton compiles for, and the oldest with bfloat16.
+MIN_CAPABILITY = (7, 5)
+MIN_CAPABILITY_BFLOAT16 = (8, 0)
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -113,11 +113,7 @@ class Operation:
         return function
 
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
-        self.check(*arguments)
-        if self.cast is not None and torch.is_autocast_enabled(arguments[0].device.type):
-            arguments = self.cast(*arguments)
-        if requested is None:
-            requested = _forced.name
+        requested, arguments = self._prepared(requested, arguments)
         if requested is not None:
             return self._named(requested, *arguments).run(*arguments)
         for implementation in self.automatic:
@@ -126,12 +122,17 @@ class Operation:
                 return implementation.run(*arguments)
         raise NotSupported(self._no_implementation(*arguments))
 
-    def explain(self, requested: str | None, *arguments: Any) -> Explanation:
+    def _prepared(
+        self, requested: str | None, arguments: tuple[Any, ...]
+    ) -> tuple[str | None, tuple[Any, ...]]:
+        """The name that is asked for, if any, and the arguments checked and cast."""
         self.check(*arguments)
-        if self.cast is not None and torch.is_autocast_enabled(arguments[0].device.type):
+        if self.cast is not None and autocasts(arguments[0]):
             arguments = self.cast(*arguments)
-        if requested is None:
-            requested = _forced.name
+        return (_forced.name if requested is None else requested), arguments
+
+    def explain(self, requested: str | None, *arguments: Any) -> Explanation:
+        requested, arguments = self._prepared(requested, arguments)
         if requested is not None:
             chosen = self._named(requested, *arguments)
             others = {i.name: f"{requested!r} was asked for by name" for i in self.implementations}
@@ -192,7 +193,9 @@ def use_implementation(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
         NotSupported: from the calls inside, where that implementation cannot take them.
 
-    A call's own `implementation=` argument goes before the block's.
+    A call's own `implementation=` argument goes before the block's. The block is for the forward: the backward is that
+    of the implementation that ran. `torch.utils.checkpoint` runs the forward again during the backward, outside the
+    block or in another thread; give `implementation=` to what is checkpointed.
     """
     if name not in IMPLEMENTATION_NAMES:
         known = ", ".join(map(repr, IMPLEMENTATION_NAMES))
@@ -221,7 +224,7 @@ def explain(operation: Callable[..., Any] | Tensor, /, *arguments: Any, **keywor
     """
     if isinstance(operation, Tensor):
         arguments = (operation, *arguments)
-        operation = next(function for function in _operations if function.__name__ == "attention")
+        operation = _default_operation()
     if operation not in _operations:
         known = ", ".join(f"fastattn.{known_operation.name}" for known_operation, _ in _operations.values())
         raise ValueError(f"explain() knows {known}; not {operation!r}")
@@ -232,11 +235,25 @@ def explain(operation: Callable[..., Any] | Tensor, /, *arguments: Any, **keywor
     return found.explain(requested, *bound.arguments.values())
 
 
-def refuse_triton(tensor: Tensor, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot run on this tensor's device in this dtype, or None."""
-    if not tensor.is_cuda:
-        if INTERPRETING and tensor.device.type == "cpu":
-            return None if dtype in TRITON_DTYPES else refuse_dtype(dtype)
+def _default_operation() -> Callable[..., Any]:
+    return next(function for function, (found, _) in _operations.items() if found.name == "attention")
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; meta tensors, for one, have none."""
+    kind = tensor.device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
+        kind
+    )
+
+
+def refuse_triton(tensor: Tensor, dtype: torch.dtype, least: tuple[int, int] = MIN_CAPABILITY) -> str | None:
+    """Why Triton kernels cannot run on this tensor in this dtype, or None.
+
+    `least` is the compute capability that the kernels need on an NVIDIA GPU.
+    """
+    on_gpu = tensor.is_cuda
+    if not on_gpu and not (INTERPRETING and tensor.device.type == "cpu"):
         if not HAS_TRITON:
             return "Triton is not installed"
         return "the tensors are not on a GPU (Triton's interpreter, TRITON_INTERPRET=1, is off)"
@@ -244,16 +261,38 @@ def refuse_triton(tensor: Tensor, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if dtype not in TRITON_DTYPES:
         return refuse_dtype(dtype)
-    if torch.version.hip is None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"layout={tensor.layout} is not torch.strided, or the tensor is nested"
+    if on_gpu and torch.version.hip is None:
         capability = _capability(tensor.device.index)
-        least = _MIN_CAPABILITY_BFLOAT16 if dtype == torch.bfloat16 else _MIN_CAPABILITY
+        least = max(least, MIN_CAPABILITY_BFLOAT16) if dtype == torch.bfloat16 else least
         if capability < least:
             return f"compute capability {capability} is below {least} for {dtype}"
+    return refuse_transforms()
+
+
+def refuse_transforms() -> str | None:
+    """Why what is no PyTorch operator cannot run here, or None.
+
+    A `torch.autograd.Function` of the plain kind is invisible to transforms: its derivative would be dropped, and
+    nobody told.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "within torch.func transforms (vmap, grad, jvp, ...) only PyTorch's own operators are differentiated"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "within forward-mode AD only PyTorch's own operators are differentiated"
     return None
 
 
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
 def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 # What torch.compiler.assume_constant_result sets; that function would import the compiler.

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dispatch import NotSupported, use_implementation
-from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention import attention
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
 
@@ -59,8 +60,8 @@ class GELU(torch.nn.GELU):
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` by `fastattn.attention`, for self- and cross-attention.
 
-    Differs from torch.nn's in what it is made for: `batch_first` is True by default, attention weights are
-    never returned (fused kernels do not hold them), and `is_causal` works without a mask beside it.
+    Differs from torch.nn's in what it is made for: attention weights are never returned (fused kernels do not
+    hold them), so `need_weights` is False by default, and `is_causal` works without a mask beside it.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as torch.nn's.
@@ -82,7 +83,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         add_zero_attn: bool = False,
         kdim: int | None = None,
         vdim: int | None = None,
-        batch_first: bool = True,
+        batch_first: bool = False,
         device: Any = None,
         dtype: Any = None,
         *,
@@ -112,9 +113,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Attends from query to key and value.
 
         Args:
-            query: (batch, seq_q, embed_dim), or (seq_q, batch, embed_dim) without batch_first, or unbatched
+            query: (seq_q, batch, embed_dim), or (batch, seq_q, embed_dim) with batch_first, or unbatched
                 (seq_q, embed_dim).
-            key, value: (batch, seq_k, kdim) and (batch, seq_k, vdim), laid out like query. Give the same
+            key, value: (seq_k, batch, kdim) and (seq_k, batch, vdim), laid out like query. Give the same
                 object for all three, or for key and value, and they are projected in one product.
             key_padding_mask: (batch, seq_k), or (seq_k,) unbatched: True hides a key; floats are added.
             need_weights: must be False.
@@ -168,6 +169,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for name, tensor, bound, width in widths:
             if tensor.size(-1) != width:
                 raise ValueError(f"{name} has width {tensor.size(-1)}; {bound}={width} is needed")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; only widths may differ"
+            )
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.size(batch) != key.size(batch):
+            raise ValueError(f"query has batch={query.size(batch)}, but key has batch={key.size(batch)}")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs through their projections, in as few products as they allow; widths embed_dim."""

@@ -30,7 +30,9 @@ def attention(
     scores = _scores(q, k, scale)
     if causal:
         scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), causal, q.device), -math.inf)
-    out = _softmax(scores).to(v.dtype) @ v
+    # The first query of a top-left mask sees the first key; at the bottom right it may see none.
+    every_row_sees = causal != "bottom_right" or q.size(2) <= k.size(2)
+    out = _softmax(scores, every_row_sees).to(v.dtype) @ v
     if not return_lse:
         return out
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -58,7 +60,8 @@ def scaled_dot_product_attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.dropout(_softmax(scores), dropout_p, train=dropout_p > 0.0)
+    weights = _softmax(scores, every_row_sees=attn_mask is None)
+    weights = torch.dropout(weights, dropout_p, train=dropout_p > 0.0)
     return weights.to(value.dtype) @ value
 
 
@@ -74,8 +77,13 @@ def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return scale * (q @ k.transpose(-2, -1))
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the keys; a fully masked row, 0/0 by the formula, gives 0."""
+def _softmax(scores: Tensor, every_row_sees: bool) -> Tensor:
+    """Softmax over the keys; a fully masked row, 0/0 by the formula, gives 0.
+
+    Looking for such rows costs as much as the softmax, so it is left out where every row sees a key.
+    """
+    if every_row_sees:
+        return torch.softmax(scores, dim=-1)
     empty = (scores == -math.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# A floor for results that PyTorch happens to round exactly: one unit in the last place of values around 1 (of the
-# largest value, where that is above 1), times 4 because the sums behind a result are made in another order.
+# A floor for results that PyTorch happens to round exactly: a unit in the last place of the largest value, times 4
+# because the sums behind a result are made in another order.
 ATOL = {
     torch.float64: 4 * 2.0**-52,
     torch.float32: 4 * 2.0**-23,
@@ -39,6 +39,10 @@ def make_tensor(
         strides: memory layout in elements; gaps between the elements hold NaN, so that a kernel that reads
             them shows it.
     """
+    if torch.device(device).type == "meta":
+        if strides is None:
+            return torch.empty(shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device, requires_grad=requires_grad)
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).to(dtype)
     if strides is None:
@@ -59,7 +63,7 @@ def assert_accurate(
     name: str = "result",
     factor: float = 2.0,
     growth: float = 1.0,
-    atol: float | None = None,
+    scale: float = 0.0,
 ) -> None:
     """Asserts that `actual` is as near to the truth as a peer's result in the same dtype.
 
@@ -70,7 +74,7 @@ def assert_accurate(
         name: what the message calls the result.
         factor: how many times the peer's error is allowed.
         growth: multiplies the absolute floor; sqrt(M) for a sum over M terms of size one.
-        atol: replaces the absolute floor of the dtype.
+        scale: the size of the terms that a result is a sum of, where they may cancel to much less.
 
     Raises:
         AssertionError: shape, dtype, finiteness or error differ; the message shows both errors.
@@ -91,8 +95,7 @@ def assert_accurate(
     peer_error = (peer_wide - truth)[finite].abs()
     if error.numel() == 0:
         return
-    largest = max(1.0, truth[finite].abs().max().item())
-    floor = (ATOL[actual.dtype] * largest if atol is None else atol) * growth
+    floor = ATOL[actual.dtype] * max(truth[finite].abs().max().item(), scale) * growth
     allowed = factor * peer_error.max().item() + floor
     if not error.max().item() <= allowed:
         raise AssertionError(
@@ -101,6 +104,6 @@ def assert_accurate(
         )
     norm = truth[finite].square().mean().sqrt().item()
     rms, peer_rms = (e.square().mean().sqrt().item() for e in (error, peer_error))
-    allowed_rms = factor * peer_rms + RMS[actual.dtype] * norm + floor
+    allowed_rms = factor * peer_rms + RMS[actual.dtype] * norm + ATOL[actual.dtype] * scale * growth
     if not rms <= allowed_rms:
         raise AssertionError(f"{name}: root mean square error {rms:.3e} is above {allowed_rms:.3e}")

@@ -38,10 +38,12 @@ def _gelu(x, TANH: tl.constexpr):
 def _gelu_derivative(x, TANH: tl.constexpr):
     """d gelu(x) / dx of a float32 tile."""
     if TANH:
-        probability = _sigmoid((x + x * x * x * _TANH_CUBIC) * (2.0 * _TANH_SCALE))
+        decay = tl.exp2((x + x * x * x * _TANH_CUBIC) * (-2.0 * _TANH_SCALE * LOG2_E))
+        probability = 1.0 / (1.0 + decay)
         slope = (1.0 + x * x * (3.0 * _TANH_CUBIC)) * (2.0 * _TANH_SCALE)
-        # x * sigmoid'(2 u): zero where sigmoid has saturated, also when x * slope has overflowed.
-        tail = probability * (1.0 - probability)
+        # sigmoid'(2 u), where the slope magnifies what 1 - probability would lose near 1: zero where sigmoid has
+        # saturated, also when x * slope has overflowed.
+        tail = probability * tl.where(decay < 1.0, decay * probability, 1.0 - probability)
         return probability + tl.where(tail == 0.0, 0.0, x * slope * tail)
     else:
         density = tl.exp2(-x * x * (0.5 * LOG2_E)) * _INV_SQRT_2PI

@@ -23,7 +23,10 @@ def _load_rows(
     BLOCK_D: tl.constexpr,
     MAY_OVERRUN: tl.constexpr,
 ):
-    """Rows first .. first + ROWS of a (SEQ, HEAD_DIM) matrix; zeros beyond its edges.  # (ROWS, BLOCK_D)"""
+    """(ROWS, BLOCK_D): rows first .. first + ROWS of a (SEQ, HEAD_DIM) matrix, zeros beyond its last column.
+
+    With MAY_OVERRUN also zeros beyond its last row; without, no row may lie there.
+    """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     pointers = ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
@@ -97,7 +100,7 @@ def _query_schedule(
     BLOCK_N: tl.constexpr,
 ):
     """Queries that see BLOCK_N keys from first_key: [begin, full_begin) with a mask, [full_begin, SEQ_Q) without."""
-    begin = first_key * 0
+    begin = first_key * 0  # a tensor, as in the branch below, and not a constant
     full_begin = begin
     if IS_CAUSAL:
         # The first query to see the first key, and the first to see the last key.
@@ -112,4 +115,5 @@ def _visible(rows, keys, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL: tl.constexpr):
     if IS_CAUSAL:
         return (keys <= rows + CAUSAL_OFFSET) & (keys < SEQ_K)
     else:
+        # The second part holds of every row: it gives the result the shape of the scores, as the branch above does.
         return (keys < SEQ_K) & (rows >= 0)

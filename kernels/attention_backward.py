@@ -5,8 +5,9 @@ With P the weights, S = scale * q k^T and O the output (FlashAttention-2, Dao, 2
     delta = rowsum(dO * O) - dlse       dP = dO V^T           dS = P * (dP - delta)
     dQ = scale * dS K                   dK = scale * dS^T Q   dV = P^T dO
 
-dlse, the gradient of the log-sum-exp, enters through delta because d lse / d S = P. Two kernels (attention_backward_dq,
-attention_backward_dk_dv), seven products and no atomics: the result is the same bit for bit from run to run.
+dlse, the gradient of the log-sum-exp, enters through delta because d lse / d S = P. Two kernels behind that of delta
+(attention_backward_dq, attention_backward_dk_dv), seven products and no atomics: the result is the same bit for bit
+from run to run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def _attention_delta_kernel(
     out_ptr,
     dout_ptr,
     dlse_ptr,
+    lse_ptr,
     delta_ptr,
     stride_ob, stride_oh, stride_om,
     stride_dob, stride_doh, stride_dom,
@@ -39,9 +41,9 @@ def _attention_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program computes delta = rowsum(dO * O) - dlse of BLOCK_M rows of one head.
+    """One program computes delta = rowsum(dO * O) - dlse of BLOCK_M rows of one head, 0 where a row sees no key.
 
-    Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse and delta are (batch, HEADS, SEQ_Q), contiguous.
+    Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse, lse and delta are (batch, HEADS, SEQ_Q), contiguous.
     """
     tile, batch, head = _split_program(tl.cdiv(SEQ_Q, BLOCK_M), HEADS)
     first = tile * BLOCK_M
@@ -54,6 +56,9 @@ def _attention_delta_kernel(
     statistics = (batch * HEADS + head) * SEQ_Q + rows
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
+        # The gradient of a constant, -inf, may come in as NaN; times a weight of 0 it would spoil every key's.
+        lse = tl.load(lse_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
+        delta = tl.where(lse == float("-inf"), 0.0, delta)
     tl.store(delta_ptr + statistics, delta, mask=rows < SEQ_Q)
 
 
@@ -87,11 +92,12 @@ def attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = (rows_contiguous(t) for t in (q, k, v, out, dout))
+    lse = lse.contiguous()
     if config is None:
         config = select_attention_config(q.size(3), q.dtype, _target.target_of(q.device))
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
-        delta = _launch_delta(dout, dlse, out, config) if needs_dq or needs_dk else lse
+        delta = _launch_delta(dout, dlse, out, lse, config) if needs_dq or needs_dk else lse
         if needs_dq:
             launch_dq(dq, dout, q, k, v, lse, delta, scale, causal, config)
         for part_dk, part_dv in _dk_dv_launches(needs_dk, needs_dv, config):
@@ -118,13 +124,15 @@ def _dk_dv_launches(needs_dk: bool, needs_dv: bool, config: AttentionConfig) -> 
     return [(needs_dk, needs_dv)] if needs_dk or needs_dv else []
 
 
-def _launch_delta(dout: Tensor, dlse: Tensor | None, out: Tensor, config: AttentionConfig) -> Tensor:
+def _launch_delta(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, config: AttentionConfig
+) -> Tensor:
     batch, heads, seq_q, head_dim = out.shape
     delta = torch.empty((batch, heads, seq_q), device=out.device, dtype=torch.float32)
     _attention_delta_kernel[(triton.cdiv(seq_q, config.delta.block_m) * heads * batch,)](
         out_ptr=out, dout_ptr=dout,
         dlse_ptr=delta if dlse is None else dlse.contiguous(),
-        delta_ptr=delta,
+        lse_ptr=lse, delta_ptr=delta,
         stride_ob=out.stride(0), stride_oh=out.stride(1), stride_om=out.stride(2),
         stride_dob=dout.stride(0), stride_doh=dout.stride(1), stride_dom=dout.stride(2),
         HEADS=heads, SEQ_Q=seq_q,

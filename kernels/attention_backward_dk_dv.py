@@ -99,6 +99,7 @@ def _attention_dk_dv_kernel(
     SEQ_Q,
     SEQ_K,
     scale,
+    scale_log2,
     CAUSAL_OFFSET,
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -124,7 +125,6 @@ def _attention_dk_dv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin, full_begin = _query_schedule(first_key, SEQ_Q, CAUSAL_OFFSET, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    scale_log2 = scale * LOG2_E
     for group in range(GROUPS):
         head = kv_head * GROUPS + group
         head_q_ptr = q_ptr + batch * stride_qb + head * stride_qh
@@ -174,7 +174,8 @@ def launch_dk_dv(
         stride_dkb=dk.stride(0), stride_dkh=dk.stride(1), stride_dkn=dk.stride(2),
         stride_dvb=dv.stride(0), stride_dvh=dv.stride(1), stride_dvn=dv.stride(2),
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        scale=scale, CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
+        scale=scale, scale_log2=scale * LOG2_E.value,
+        CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
         HEAD_DIM=head_dim, IS_CAUSAL=causal != "none", NEEDS_DK=needs_dk, NEEDS_DV=needs_dv,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

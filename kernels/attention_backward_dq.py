@@ -77,6 +77,7 @@ def _attention_dq_kernel(
     SEQ_Q,
     SEQ_K,
     scale,
+    scale_log2,
     CAUSAL_OFFSET,
     HEAD_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -108,7 +109,6 @@ def _attention_dq_kernel(
     delta = tl.load(delta_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     full_end, end = _key_schedule(first_row, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    scale_log2 = scale * LOG2_E
     dq = _accumulate_dq(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, first_row, 0, full_end, stride_kn, stride_vn, SEQ_K,
         scale_log2, CAUSAL_OFFSET, HEAD_DIM, IS_CAUSAL, False, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -143,7 +143,8 @@ def launch_dq(
         stride_dob=dout.stride(0), stride_doh=dout.stride(1), stride_dom=dout.stride(2),
         stride_dqb=dq.stride(0), stride_dqh=dq.stride(1), stride_dqm=dq.stride(2),
         HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        scale=scale, CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
+        scale=scale, scale_log2=scale * LOG2_E.value,
+        CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
         HEAD_DIM=head_dim, IS_CAUSAL=causal != "none",
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

@@ -235,6 +235,7 @@ def layer_norm_backward(
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     x, dy = as_rows(x, rows, width), as_rows(dy, rows, width)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     if weight is not None:
         weight = weight.contiguous()
     alignment = math.gcd(width, dy.stride(0), x.stride(0), 16)

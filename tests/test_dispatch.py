@@ -184,6 +184,7 @@ def test_a_gpu_is_refused_by_capability_and_dtype(
     from torch._subclasses import FakeTensorMode
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "_capabilities", {})
     with FakeTensorMode(), monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         x = torch.empty(3, device="cuda:0", dtype=dtype)
@@ -192,5 +193,6 @@ def test_a_gpu_is_refused_by_capability_and_dtype(
 
 def test_the_capability_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    monkeypatch.setattr(dispatch, "_capabilities", {})
     compiled = torch.compile(lambda x: x * dispatch._capability(3)[1], fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))

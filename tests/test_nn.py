@@ -1,5 +1,6 @@
 """The drop-ins give torch.nn's numbers from torch.nn's state dicts, and refuse the rest by name."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_padding_mask_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     monkeypatch.setattr(fastattn.nn, "scaled_dot_product_attention", spy)
-    module = fastattn.nn.MultiheadAttention(EMBED, HEADS)
+    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = make_tensor(BATCH, SEQ_Q, EMBED)
     module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")))
     assert shapes == [(BATCH, 1, 1, SEQ_Q)]
@@ -266,6 +267,24 @@ def test_state_dicts_go_both_ways() -> None:
         module.load_state_dict(peer.state_dict())
 
 
+@pytest.mark.parametrize("name", fastattn.nn.__all__)
+def test_arguments_are_torch_nns(name: str) -> None:
+    """batch_first was True by default: a drop-in that read the batch as the sequence."""
+    ours, theirs = (
+        {p.name: p.default for p in inspect.signature(getattr(nn, name)).parameters.values()}
+        for nn in (fastattn.nn, torch.nn)
+    )
+    assert ours.pop("implementation") is None
+    assert list(ours.items()) == list(theirs.items())
+
+
+def test_sequence_comes_first_by_default(device: torch.device) -> None:
+    """Called as torch.nn's is by default; with batch and sequence exchanged, 9 tokens see 2 and not 2 see 9."""
+    module, peer = _pair(fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, device, EMBED, HEADS)
+    x = make_tensor(SEQ_Q, BATCH, EMBED, device=device)
+    _assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
+
+
 def test_initial_weights_are_torch_nns() -> None:
     torch.manual_seed(3)
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS)
@@ -284,7 +303,7 @@ def test_inside_torch_nns_encoder_layer(device: torch.device) -> None:
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
     masks = {"src_mask": _causal(SEQ_Q, device), "src_key_padding_mask": _padding(SEQ_Q, device)}
     expected = layer(x, **masks)
-    replacement = fastattn.nn.MultiheadAttention(EMBED, HEADS).to(device)
+    replacement = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True).to(device)
     replacement.load_state_dict(layer.self_attn.state_dict())
     layer.self_attn = replacement
     assert_near(layer(x, **masks), expected)
@@ -314,7 +333,7 @@ def test_compiles_in_one_graph(masked: bool, device: torch.device) -> None:
 
 
 def test_triton_refuses_masks_by_name() -> None:
-    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, implementation="triton")
+    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True, implementation="triton")
     x = make_tensor(BATCH, SEQ_Q, EMBED)
     with pytest.raises(fastattn.NotSupported, match=r"implementation='triton'.*mask"):
         module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")))
@@ -333,7 +352,7 @@ def test_refused_by_name() -> None:
 
 def test_bad_input_is_named() -> None:
     x = make_tensor(BATCH, SEQ_Q, EMBED)
-    module = fastattn.nn.MultiheadAttention(EMBED, HEADS)
+    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     with pytest.raises(ValueError, match="embed_dim=32 must be divisible by num_heads=5"):
         fastattn.nn.MultiheadAttention(EMBED, 5)
     with pytest.raises(ValueError, match="have 1, 3 and 3 dimensions; all need 3"):
@@ -348,3 +367,15 @@ def test_bad_input_is_named() -> None:
         module(x, x, x, attn_mask=torch.zeros(HEADS, SEQ_Q, SEQ_Q))
     with pytest.raises(TypeError, match=r"attn_mask has dtype=torch.int64; bool or"):
         module(x, x, x, attn_mask=torch.zeros(SEQ_Q, SEQ_Q, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_batches_that_differ_are_refused(masked: bool) -> None:
+    """With a mask the call goes to PyTorch's operator, which would broadcast a batch of 1."""
+    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    query, key = torch.randn(1, 3, EMBED), torch.randn(4, 5, EMBED)
+    mask = torch.zeros(3, 5, dtype=torch.bool) if masked else None
+    with pytest.raises(ValueError, match="query has batch=1, but key has batch=4"):
+        module(query, key, key, attn_mask=mask)
+    with pytest.raises(ValueError, match="only widths may differ"):
+        module(key, key, torch.randn(4, 6, EMBED), attn_mask=mask)

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,6 +83,32 @@ def test_constraints_pin_every_requirement():
     pins = {line.partition("==")[0] for line in lines if line and not line.startswith("#")}
     assert {re.split(r"[^\w.-]", requirement)[0] for requirement in required} <= pins
     assert all("==" in line for line in lines if line and not line.startswith("#"))
+
+
+def test_constraints_pin_what_make_install_brings() -> None:
+    """Everything that the package and its extras test and bench need, and what that needs in turn."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = {_normalized(line.partition("==")[0]) for line in lines if "==" in line}
+    extras = _pyproject()["project"]["optional-dependencies"]
+    waiting = [*_pyproject()["project"]["dependencies"], *extras["test"], *extras["bench"]]
+    seen: set[str] = set()
+    while waiting:
+        name = _normalized(re.split(r"[^\w.-]", waiting.pop())[0])
+        if name in seen or name.startswith(("nvidia-", "cuda-")):  # the first of these are torch's own pins
+            continue
+        try:
+            needed = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # for another Python or platform
+        seen.add(name)
+        here = {"extra": ""}
+        waiting += [r for r in needed if (marker := Requirement(r).marker) is None or marker.evaluate(here)]
+    assert {"torch", "pytest", "matplotlib", "huggingface-hub"} <= seen
+    assert seen <= pins
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.fixture(scope="module")

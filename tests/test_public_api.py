@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -58,10 +63,38 @@ def test_scaled_dot_product_attention_matches_pytorch() -> None:
     )
 
 
-def test_import_changes_nothing_in_pytorch() -> None:
-    import subprocess
-    import sys
+def _run(script: str) -> str:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
+
+def test_submodules_are_there_when_asked_for() -> None:
+    """`import fastattn` alone left fastattn.models and fastattn.testing an AttributeError; it imports them late."""
+    script = (
+        "import sys, fastattn\n"
+        "late = ['fastattn.models', 'fastattn.testing']\n"
+        "print([name in sys.modules for name in late], {'models', 'nn', 'testing'} <= set(dir(fastattn)))\n"
+        "print(fastattn.models.GPT.__name__, fastattn.testing.ATOL != {}, fastattn.nn.GELU.__name__)\n"
+        "print([name in sys.modules for name in late], hasattr(fastattn, 'typo'))"
+    )
+    assert _run(script).splitlines() == ["[False, False] True", "GPT True GELU", "[True, True] False"]
+
+
+def test_type_checkers_see_submodules_and_nothing_that_is_not_there() -> None:
+    """A module's __getattr__ that type checkers see would make every name right."""
+    pytest.importorskip("mypy", reason="mypy is not installed (extra `test`)")
+    script = "import fastattn; reveal_type(fastattn.models.tiny); fastattn.testing.ATOL; fastattn.typo"
+    # Without the other packages, as reading PyTorch takes half a minute.
+    options = (
+        "--config-file= --no-site-packages --ignore-missing-imports --follow-imports=silent --cache-dir="
+    )
+    command = [sys.executable, "-m", "mypy", *f"{options}{os.devnull}".split(), "-c", script]
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout
+    assert "-> fastattn.models.config.TransformerConfig" in found
+    assert re.findall("error: .*", found) == ['error: Module has no attribute "typo"  [attr-defined]']
+
+
+def test_import_changes_nothing_in_pytorch() -> None:
     script = (
         "import torch.nn.functional as F, torch\n"
         "before = F.scaled_dot_product_attention, F.layer_norm, F.gelu, torch.get_float32_matmul_precision()\n"
@@ -69,5 +102,4 @@ def test_import_changes_nothing_in_pytorch() -> None:
         "after = F.scaled_dot_product_attention, F.layer_norm, F.gelu, torch.get_float32_matmul_precision()\n"
         "print(before == after)"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "True"
+    assert _run(script).strip() == "True"

@@ -53,8 +53,8 @@ class BERT(nn.Module):
 
         Args:
             tokens: (batch, seq) integers in [0, vocab_size), seq at most max_length, masked tokens included.
-            targets: (batch, seq) int64: the original token where one was masked, -100 elsewhere.
-            next_sentence: (batch,) int64: 0 where the second text follows the first, 1 where it does not.
+            targets: (batch, seq) integers: the original token where one was masked, -100 elsewhere.
+            next_sentence: (batch,) integers: 0 where the second text follows the first, 1 where it does not.
             token_types: (batch, seq) integers: 0 in the first text, 1 in the second; None is all 0.
             padding: (batch, seq) bool, True at padding; its tokens change no other output.
 
@@ -63,8 +63,8 @@ class BERT(nn.Module):
             losses of the heads that have targets, float32.
 
         Raises:
-            ValueError: a shape does not fit, or (on a CPU) an id is out of range.
-            TypeError: a dtype does not fit.
+            ValueError: a shape does not fit or leaves no target, or (on a CPU) an id is out of range.
+            TypeError: a dtype does not fit; integers are int64 or int32.
         """
         hidden = self.encode(tokens, token_types=token_types, padding=padding)
         token_logits = self.masked_token_head(hidden)
@@ -73,7 +73,7 @@ class BERT(nn.Module):
         if targets is not None:
             losses.append(token_loss(token_logits, targets))
         if next_sentence is not None:
-            losses.append(token_loss(sentence_logits, next_sentence))
+            losses.append(token_loss(sentence_logits, next_sentence, "next_sentence"))
         return sum(losses[1:], losses[0]) if losses else (token_logits, sentence_logits)
 
     def encode(
@@ -84,7 +84,8 @@ class BERT(nn.Module):
         check_padding("padding", padding, tokens)
         if token_types is None:
             token_types = torch.zeros_like(tokens)
-        elif token_types.shape != tokens.shape:
+        check_tokens("token_types", token_types)
+        if token_types.shape != tokens.shape:
             raise ValueError(
                 f"token_types have shape {tuple(token_types.shape)}; {tuple(tokens.shape)} is needed"
             )

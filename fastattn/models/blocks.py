@@ -110,6 +110,7 @@ def make_attention(config: BlockConfig) -> MultiheadAttention:
         config.d_model,
         config.n_heads,
         dropout=config.dropout,
+        batch_first=True,
         implementation=operation_implementation(config.implementation),
     )
 
@@ -150,13 +151,12 @@ def init_normal_(model: nn.Module, std: float, residual_std: float | None = None
             parameter.zero_()
 
 
-def check_tokens(name: str, tokens: Tensor, max_length: int) -> None:
-    """Raises where `tokens` is not (batch, seq) integers with seq at most max_length."""
+def check_tokens(name: str, tokens: Tensor, max_length: int | None = None) -> None:
+    """Raises where `tokens` is not (batch, seq) integers with seq at most max_length, None for any."""
     if tokens.dim() != 2:
         raise ValueError(f"{name} has {tokens.dim()} dimensions; 2 are needed, (batch, seq)")
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} has dtype={tokens.dtype}; int64 or int32 is needed")
-    if tokens.size(1) > max_length:
+    _check_integers(name, tokens)
+    if max_length is not None and tokens.size(1) > max_length:
         raise ValueError(f"{name} has {tokens.size(1)} positions; max_length={max_length} is the most")
 
 
@@ -178,21 +178,39 @@ def embed_tokens(name: str, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
     try:
         return embedding(tokens)
     except IndexError:
-        low, high = (int(bound) for bound in tokens.aminmax())
-        outside = low if low < 0 else high
-        raise ValueError(
-            f"{name} hold the id {outside}; it must be in [0, {embedding.num_embeddings})"
-        ) from None
+        raise _outside(name, tokens, embedding.num_embeddings) from None
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, float32; a target of -100 is left out.
+def token_loss(logits: Tensor, targets: Tensor, name: str = "targets") -> Tensor:
+    """Mean cross-entropy in nats, float32; a target of -100 is left out, and NaN is the mean of none.
 
     Args:
         logits: (batch, seq, classes) or (batch, classes).
-        targets: (batch, seq) or (batch,) int64.
+        targets: (batch, seq) or (batch,) int64 or int32.
+        name: what the messages call the targets.
+
+    Raises:
+        ValueError: the shapes differ or are empty, or (on a CPU) a target is out of range.
+        TypeError: the targets are not int64 or int32.
     """
     if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}; {tuple(logits.shape[:-1])} is needed")
-    # In float32 whatever the logits are: CUDA's autocast does so by itself, a CPU's does not.
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        raise ValueError(f"{name} have shape {tuple(targets.shape)}; {tuple(logits.shape[:-1])} is needed")
+    if targets.numel() == 0:
+        raise ValueError(f"{name} have shape {tuple(targets.shape)}; a mean loss needs at least 1 target")
+    _check_integers(name, targets)
+    try:
+        # In float32 whatever the logits are: CUDA's autocast does so by itself, a CPU's does not.
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long())
+    except IndexError:
+        raise _outside(name, targets[targets != -100], logits.size(-1)) from None
+
+
+def _check_integers(name: str, ids: Tensor) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype={ids.dtype}; int64 or int32 is needed")
+
+
+def _outside(name: str, ids: Tensor, bound: int) -> ValueError:
+    """The error that names an id outside [0, bound)."""
+    low, high = (int(end) for end in ids.aminmax())
+    return ValueError(f"{name} hold the id {low if low < 0 else high}; it must be in [0, {bound})")

@@ -58,7 +58,7 @@ class EncoderDecoder(nn.Module):
         Args:
             source: (batch, seq_source) integers in [0, vocab_size).
             target: (batch, seq_target), the target so far: it begins with a start token.
-            targets: (batch, seq_target) int64, the target one token ahead; -100 is left out of the loss.
+            targets: (batch, seq_target) integers, the target one token ahead; -100 is left out of the loss.
             source_padding, target_padding: bool, of the shape of their tokens, True at padding.
 
         Returns:
@@ -66,8 +66,8 @@ class EncoderDecoder(nn.Module):
             float32.
 
         Raises:
-            ValueError: a shape does not fit, or (on a CPU) an id is outside the vocabulary.
-            TypeError: a dtype does not fit.
+            ValueError: a shape does not fit or leaves no target, or (on a CPU) an id is outside the vocabulary.
+            TypeError: a dtype does not fit; integers are int64 or int32.
         """
         memory = self.encode(source, source_padding)
         logits = self.decode(target, memory, source_padding, target_padding)

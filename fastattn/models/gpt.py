@@ -44,15 +44,16 @@ class GPT(nn.Module):
 
         Args:
             tokens: (batch, seq) integers in [0, vocab_size), seq at most max_length.
-            targets: (batch, seq) int64, the token after each position; -100 is left out of the loss.
+            targets: (batch, seq) integers, the token after each position; -100 is left out of the loss.
 
         Returns:
             logits (batch, seq, vocab_size), or where targets are given the mean cross-entropy in nats,
             float32.
 
         Raises:
-            ValueError: a wrong rank, a sequence above max_length, or (on a CPU) an id outside the vocabulary.
-            TypeError: tokens are not integers.
+            ValueError: a wrong shape, a sequence above max_length, no target at all, or (on a CPU) an id outside
+                the vocabulary.
+            TypeError: tokens or targets are not int64 or int32.
         """
         check_tokens("tokens", tokens, self.config.max_length)
         x = embed_tokens("tokens", tokens, self.token_embedding)
@@ -76,15 +77,24 @@ class GPT(nn.Module):
 
         Args:
             tokens: (batch, seq) integers, seq at least 1.
-            new_tokens: how many to add.
+            new_tokens: how many to add, at least 0.
             temperature: divides the logits; 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only; None draws from all.
             generator: source of the random numbers.
 
         Returns:
             (batch, seq + new_tokens), beginning with the tokens given.
+
+        Raises:
+            ValueError: an argument is out of its range, or (on a CPU) an id outside the vocabulary.
+            TypeError: tokens are not int64 or int32.
         """
-        if temperature < 0:
+        check_tokens("tokens", tokens)
+        if tokens.size(1) < 1:
+            raise ValueError("tokens has 0 positions; at least 1 is needed to continue")
+        if new_tokens < 0:
+            raise ValueError(f"new_tokens={new_tokens} must be at least 0")
+        if not temperature >= 0:
             raise ValueError(f"temperature={temperature} must be at least 0")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")

@@ -35,19 +35,22 @@ class ViT(nn.Module):
 
         Args:
             images: (batch, channels, image_size, image_size), floating.
-            targets: (batch,) int64 in [0, n_classes).
+            targets: (batch,) integers in [0, n_classes).
 
         Returns:
             logits (batch, n_classes), or where targets are given the mean cross-entropy in nats, float32.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or (on a CPU) a target is out of range.
+            TypeError: images are not floating, or targets not int64 or int32.
         """
         channels, size = self.config.channels, self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (channels, size, size):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; (batch, {channels}, {size}, {size}) is needed"
             )
+        if not images.is_floating_point():
+            raise TypeError(f"images have dtype={images.dtype}; a floating-point dtype is needed")
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (batch, n_patches, d_model)
         class_token = self.class_token.expand(images.size(0), -1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.position_embedding

@@ -28,10 +28,12 @@ def differentiable_gradients(
     backward is computed from PyTorch's operators instead, so that a second derivative is never silently
     dropped.
     """
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
     with torch.enable_grad():
-        output = function(*inputs)
-        gradients = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+        # Views stand for the inputs, so that autograd ends there: where one input is made from another, or is given
+        # twice, or has a hook, what lies behind is the caller's own backward to run.
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(views, needed, strict=True) if need and t is not None]
+        gradients = iter(torch.autograd.grad(function(*views), wanted, grad_output, create_graph=True))
     return [
         next(gradients) if need and t is not None else None for t, need in zip(inputs, needed, strict=True)
     ]

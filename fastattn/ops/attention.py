@@ -6,11 +6,13 @@ import math
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import (
+    scaled_dot_product_attention as torch_sdpa,  # bound here: F's may be replaced by ours
+)
 
 from fastattn import dispatch, reference
-from fastattn.dispatch import Implementation, Operation
+from fastattn.dispatch import Implementation, Operation, autocasts
 from fastattn.kernels._layout import empty_rows
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_attention_shapes, check_floating, check_same_device
@@ -22,6 +24,10 @@ _MAX_HEAD_DIM = 256
 # Below this many scores nobody needs to ask whether PyTorch's operator would hold them all.
 _FEW_SCORES = 1 << 16
 _SDPA_MATH = 0  # torch.nn.attention.SDPBackend.MATH, as torch._fused_sdp_choice returns it
+_SDPA_CHOOSES = ("cpu", "cuda", "xpu")  # where PyTorch has that function
+
+# The oldest NVIDIA architecture whose shared memory holds the kernels' tiles.
+_MIN_CAPABILITY = (8, 0)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +96,7 @@ class AttentionFunction(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None)
 
 
-def _apply(
+def apply_attention(
     kind: str, q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     if scale is None:
@@ -130,7 +136,7 @@ def _check(
     check_attention_shapes(q, k, v)
     if not q.device == k.device == v.device:
         check_same_device("q", q, k=k, v=v)
-    if not (q.dtype == k.dtype == v.dtype) and not torch.is_autocast_enabled(q.device.type):
+    if not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if causal is False or causal == "top_left" or causal == "bottom_right":
         return
@@ -143,15 +149,19 @@ def _check(
         )
 
 
-def _cast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...]:
+def cast_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...]:
     """Autocast as for PyTorch's operator: every operand but float64 takes the autocast dtype."""
     dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must have one dtype after autocast, not {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     return (q, k, v, *others)
 
 
-def _refuse_triton(q: Tensor, *others: Any) -> str | None:
-    reason = dispatch.refuse_triton(q, q.dtype)
+def refuse_triton_attention(q: Tensor, *others: Any) -> str | None:
+    reason = dispatch.refuse_triton(q, q.dtype, _MIN_CAPABILITY)
     if reason is not None:
         return reason
     if q.size(-1) > _MAX_HEAD_DIM:
@@ -163,37 +173,64 @@ def _refuse_triton(q: Tensor, *others: Any) -> str | None:
     return None
 
 
-def _blockwise_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool | str, return_lse: bool) -> str | None:
+def _blockwise_reason(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
+) -> str | None:
     """Why PyTorch's own operator does not serve this call in linear memory, or None."""
     if return_lse:
         return "PyTorch's operator does not return the log-sum-exp"
     if causal == "bottom_right" and q.size(2) != k.size(2) and q.size(2) != 1:
         return "PyTorch's operator has no bottom-right alignment"
-    if q.size(2) * k.size(2) <= _FEW_SCORES or torch.compiler.is_compiling():
-        return None
-    grouped = q.size(1) != k.size(1)
-    if torch._fused_sdp_choice(q, k, v, None, 0.0, causal is not False, enable_gqa=grouped) == _SDPA_MATH:
+    if causal is not False and scale is not None and scale <= 0:
+        return f"PyTorch's operator masks before it scales, which gives NaN with scale={scale}"
+    if holds_all_scores(q, k, v, None, 0.0, causal is not False, None, q.size(1) != k.size(1)):
         return "PyTorch's operator would hold all scores at once"
     return None
+
+
+def holds_all_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    grouped: bool,
+) -> bool:
+    """Whether PyTorch's operator is known to take its path of quadratic memory, with more than a few scores."""
+    if torch.compiler.is_compiling():
+        # The compiler cannot ask; no fused path takes other strides.
+        return not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    if q.size(-2) * k.size(-2) <= _FEW_SCORES or q.device.type not in _SDPA_CHOOSES:
+        return False
+    choice = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    return choice == _SDPA_MATH
+
+
+def _refuse_torch(q: Tensor, *others: Any) -> str | None:
+    """Blocks of PyTorch operators are no PyTorch operator: transforms cannot look into them."""
+    reason = dispatch.refuse_transforms()
+    return None if reason is None or _blockwise_reason(q, *others) is None else reason
 
 
 def _run_torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if _blockwise_reason(q, k, v, causal, return_lse) is not None:
-        return _apply("blockwise", q, k, v, causal, scale, return_lse)
+    if _blockwise_reason(q, k, v, causal, scale, return_lse) is not None:
+        return apply_attention("blockwise", q, k, v, causal, scale, return_lse)
     # A single query at the bottom right sees every key.
     is_causal = causal is not False and not (causal == "bottom_right" and q.size(2) == 1)
     grouped = False
     if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
         grouped = True
-    return F.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    return torch_sdpa(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _describe_torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
 ) -> str:
-    reason = _blockwise_reason(q, k, v, causal, return_lse)
+    reason = _blockwise_reason(q, k, v, causal, scale, return_lse)
     if reason is None:
         return "torch.nn.functional.scaled_dot_product_attention"
     return f"blocks of PyTorch operators in linear memory ({reason})"
@@ -205,11 +242,11 @@ _ATTENTION = Operation(
     (
         Implementation(
             "triton",
-            run=lambda *arguments: _apply("triton", *arguments),
-            refuse=_refuse_triton,
+            run=lambda *arguments: apply_attention("triton", *arguments),
+            refuse=refuse_triton_attention,
             describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
         ),
-        Implementation("torch", run=_run_torch, refuse=lambda *arguments: None, describe=_describe_torch),
+        Implementation("torch", run=_run_torch, refuse=_refuse_torch, describe=_describe_torch),
         Implementation(
             "reference",
             run=lambda q, k, v, causal, scale, return_lse: reference.attention(
@@ -220,7 +257,7 @@ _ATTENTION = Operation(
             only_by_name=True,
         ),
     ),
-    cast=_cast,
+    cast=cast_attention,
 )
 
 
@@ -290,116 +327,15 @@ def attention(
         NotSupported: the implementation asked for cannot take the call.
 
     Notes:
-        Products of 16-bit inputs accumulate in float32, and so does the softmax; float32 products are full
-        float32, not TF32. The backward is deterministic and saves q, k, v, O and L. The Triton kernels take
-        any strides with a contiguous last dimension; another layout is copied. A second derivative raises.
-        Under autocast all operands are cast to its dtype, as PyTorch's operator does.
+        Triton: products of 16-bit inputs accumulate in float32, and so does the softmax; float32 products are full
+        float32, not TF32. The backward is deterministic and saves q, k, v, O and L. Any strides with a contiguous
+        last dimension are read in place; another layout is copied. A second derivative raises. PyTorch's operator,
+        where it runs, follows PyTorch's own settings.
+        Under autocast all operands are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
+        and forward-mode AD, calls go to PyTorch's operator, or are refused where it has no path.
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Milakov and Gimelshein, "Online normalizer
         calculation for softmax" (2018).
     """
     return _ATTENTION(implementation, q, k, v, causal, scale, return_lse)
-
-
-def _check_sdpa(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> None:
-    check_floating(query=query, key=key, value=value)
-
-
-def _refuse_triton_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> str | None:
-    reason = _refuse_triton(query)
-    if reason is not None:
-        return reason
-    if attn_mask is not None:
-        return "attn_mask is not fused yet"
-    if dropout_p > 0.0:
-        return f"dropout_p={dropout_p} is not fused yet"
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return "only 4-D (batch, heads, seq, head_dim) tensors are fused yet"
-    if not query.dtype == key.dtype == value.dtype:
-        return "the dtypes differ"
-    if query.size(1) != key.size(1) and not enable_gqa:
-        return "head counts differ without enable_gqa"
-    try:
-        check_attention_shapes(query, key, value)
-        check_same_device("query", query, key=key, value=value)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-_SDPA = Operation(
-    "scaled_dot_product_attention",
-    _check_sdpa,
-    (
-        Implementation(
-            "triton",
-            run=lambda q, k, v, mask, dropout_p, is_causal, scale, enable_gqa: _apply(
-                "triton", q, k, v, is_causal, scale, False
-            ),
-            refuse=_refuse_triton_sdpa,
-            describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
-        ),
-        Implementation(
-            "torch",
-            run=lambda q, k, v, mask, dropout_p, is_causal, scale, enable_gqa: F.scaled_dot_product_attention(
-                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            ),
-            refuse=lambda *arguments: None,
-            describe=lambda *arguments: "torch.nn.functional.scaled_dot_product_attention",
-        ),
-        Implementation(
-            "reference",
-            run=reference.scaled_dot_product_attention,
-            refuse=lambda *arguments: None,
-            describe=lambda *arguments: "the formula in PyTorch operators, holding all scores",
-            only_by_name=True,
-        ),
-    ),
-    cast=_cast,
-)
-
-
-@_SDPA.public
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, with its signature and behaviour.
-
-    Calls that the Triton kernels take (4-D, no mask, no dropout) run there; every other call goes to PyTorch's
-    own function, and `fastattn.explain` says so. `fastattn.attention` is the same kernel with more choices.
-
-    Args:
-        query: (..., heads, seq_q, head_dim).
-        key, value: (..., kv_heads, seq_k, head_dim); kv_heads differs from heads only with `enable_gqa`.
-        attn_mask: broadcastable to (..., heads, seq_q, seq_k); bool (True attends), or added to the scores.
-        dropout_p: probability to drop a weight; applied whenever it is not 0.
-        is_causal: query i sees keys j <= i (top-left alignment).
-        scale: multiplies the scores; 1 / sqrt(head_dim) by default.
-        enable_gqa: let query heads share key and value heads.
-
-    Returns:
-        (..., heads, seq_q, head_dim), in the query's dtype (autocast's under autocast).
-
-    Raises:
-        TypeError: an operand is not a floating-point tensor.
-        RuntimeError, ValueError: as PyTorch's function raises.
-        NotSupported: within `use_implementation("triton")`, where the kernels cannot take the call.
-    """
-    return _SDPA(None, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

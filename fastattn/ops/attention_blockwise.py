@@ -9,11 +9,14 @@ al., 2022, algorithm 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastattn.dispatch import autocasts
 from fastattn.kernels._layout import causal_offset, empty_rows
 
 # Scores that exist at one time, in elements: 16 MiB in float32, a few times a core's cache. At least
@@ -22,6 +25,23 @@ _BLOCK_ELEMENTS = 1 << 22
 _MIN_ROWS = 16
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _in_given_dtypes(function: _F) -> _F:
+    """Decorator: turns autocast off, which would round the float32 products in here to 16 bits."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        if not autocasts(arguments[0]):
+            return function(*arguments)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return run  # type: ignore[return-value]
+
+
+@_in_given_dtypes
 def attention_blockwise_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: str
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +59,7 @@ def attention_blockwise_forward(
     return out, lse
 
 
+@_in_given_dtypes
 def attention_blockwise_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -65,8 +86,8 @@ def attention_blockwise_backward(
     k_wide, v_wide = k.to(wide), v.to(wide)
     for rows, keys in _blocks(q, k, causal):
         scores = _block_scores(q, k_wide, rows, keys, scale, causal)
-        block_lse = _finite(_group(lse[:, :, rows].unsqueeze(-1), k))
-        weights = torch.exp(scores - block_lse)
+        block_lse = _group(lse[:, :, rows].unsqueeze(-1), k)
+        weights = torch.exp(scores - _finite(block_lse))
         block_dout = _group(dout[:, :, rows], k).to(wide)
         if needs_dv:
             dv[:, :, keys] += weights.transpose(-2, -1) @ block_dout
@@ -75,6 +96,8 @@ def attention_blockwise_backward(
         delta = (block_dout * _group(out[:, :, rows], k)).sum(dim=-1, keepdim=True)
         if dlse is not None:
             delta -= _group(dlse[:, :, rows].unsqueeze(-1), k)
+        # A fully masked row has no gradient, whatever comes in: 0 * NaN would spoil that of every key.
+        delta.masked_fill_(block_lse == -math.inf, 0.0)
         dscores = weights * (block_dout @ v_wide[:, :, keys].transpose(-2, -1) - delta) * scale
         if needs_dq:
             dq[:, :, rows] = _ungroup(dscores @ k_wide[:, :, keys], q).to(q.dtype)

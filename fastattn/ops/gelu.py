@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import gelu as torch_gelu  # bound here: F.gelu may be replaced by ours
 
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation, refuse_triton
@@ -41,7 +41,7 @@ class GeluFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (
                 *differentiable_gradients(
-                    lambda x: F.gelu(x, approximate=ctx.approximate), (x,), (True,), dy
+                    lambda x: torch_gelu(x, approximate=ctx.approximate), (x,), (True,), dy
                 ),
                 None,
             )
@@ -79,11 +79,14 @@ _GELU = Operation(
             run=_run_triton,
             refuse=_refuse_triton,
             step_aside=_step_aside,
-            describe=lambda x, approximate: "one Triton kernel each way, saving x alone",
+            describe=lambda x, approximate: (
+                "one Triton kernel each way, saving x alone (under torch.compile: "
+                "PyTorch's operator, which the compiler fuses)"
+            ),
         ),
         Implementation(
             "torch",
-            run=lambda x, approximate: F.gelu(x, approximate=approximate),
+            run=lambda x, approximate: torch_gelu(x, approximate=approximate),
             refuse=lambda x, approximate: None,
             describe=lambda x, approximate: "torch.nn.functional.gelu",
         ),

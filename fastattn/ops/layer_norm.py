@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import (
+    layer_norm as torch_layer_norm,  # bound here: F.layer_norm may be replaced by ours
+)
 
 from fastattn import reference
-from fastattn.dispatch import Implementation, Operation, refuse_triton
+from fastattn.dispatch import Implementation, Operation, autocasts, refuse_triton
 from fastattn.ops._autograd import differentiable_gradients, needs_graph
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._register import register
@@ -131,14 +134,14 @@ def _check(
 
 
 def _as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, (int, torch.SymInt)):
+    if isinstance(normalized_shape, (int, torch.SymInt, Integral)):
         normalized_shape = (normalized_shape,)
     elif not isinstance(normalized_shape, (tuple, list, Sequence)):
         raise TypeError(
             f"normalized_shape must be an int or a sequence of ints, not {type(normalized_shape).__name__}"
         )
     for size in normalized_shape:
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+        if not isinstance(size, (int, torch.SymInt, Integral)) or isinstance(size, bool):
             raise TypeError(f"normalized_shape={normalized_shape!r} holds {size!r}, which is not an int")
     if not normalized_shape:
         raise ValueError("normalized_shape=() must have at least one dimension")
@@ -172,8 +175,7 @@ def _under_autocast(
     A GPU's autocast computes LayerNorm in float32, but in float64 where that is given; the CPU's leaves it
     alone, and meta tensors have none.
     """
-    device_type = x.device.type
-    if device_type in ("cpu", "meta") or not torch.is_autocast_enabled(device_type):
+    if x.device.type == "cpu" or not autocasts(x):
         return x, weight, bias
     return _to_float32(x), _to_float32(weight), _to_float32(bias)
 
@@ -185,7 +187,7 @@ def _to_float32(tensor: Any) -> Any:
 def _run_triton(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    dims = 1 if isinstance(normalized_shape, (int, torch.SymInt)) else len(normalized_shape)
+    dims = len(_as_shape(normalized_shape))
     x, weight, bias = _under_autocast(x, weight, bias)
     if not needs_graph(x, weight, bias):
         return _forward(x, weight, bias, dims, eps)[0]
@@ -199,10 +201,10 @@ def _run_triton(
 def _run_torch(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    shape = (normalized_shape,) if isinstance(normalized_shape, (int, torch.SymInt)) else normalized_shape
+    shape = _as_shape(normalized_shape)
     dtype = x.dtype
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
-        return F.layer_norm(x, shape, weight, bias, eps)
+        return torch_layer_norm(x, shape, weight, bias, eps)
     return _run_torch_mixed(x, shape, weight, bias, eps)
 
 
@@ -217,11 +219,11 @@ def _run_torch_mixed(
     if native and not needs_graph(weight, bias):
         # The CPU's reads 16-bit x beside float32 parameters, so that no wide copy of x is made. Where these need
         # gradients, it would sum them over the rows in x's dtype.
-        return F.layer_norm(x, shape, weight, bias, eps)
+        return torch_layer_norm(x, shape, weight, bias, eps)
     wide = torch.promote_types(torch.promote_types(x.dtype, weight_dtype), bias_dtype)
     weight = None if weight is None else weight.to(wide)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
+    return torch_layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
 
 
 def _run_reference(

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ def read_texts(
 
     Args:
         paths: one or more UTF-8 text files, and folders whose text files are taken recursively in sorted
-            order (what is not UTF-8 in a folder is passed over). None takes the running Python's own standard
-            library: its source files (about 12 MB), then its documentation of the language (0.5 MB).
+            order (what is not a regular file of UTF-8 in a folder is passed over). None takes the running
+            Python's own standard library: its source files (about 12 MB), then its documentation of the
+            language (0.5 MB).
 
     Returns:
         one string a document, none of them empty.
@@ -258,33 +259,46 @@ def _standard_library() -> list[str]:
 
 
 def _read_folder(folder: Path) -> list[str]:
-    texts = [text for path in _files(folder, "", {"__pycache__"}) if (text := _try_read(path))]
+    paths = _files(folder, "", {"__pycache__"}, onerror=_refuse)
+    texts = [text for path in paths if (text := _try_read(path, onerror=_refuse))]
     if not texts:
         raise DataError(f"no text in UTF-8 is in the folder {folder}")
     return texts
 
 
-def _files(root: Path, suffix: str, skipped: set[str]) -> list[Path]:
-    """Files below root by sorted relative path, without hidden ones."""
+def _files(
+    root: Path, suffix: str, skipped: set[str], onerror: Callable[[OSError], object] | None = None
+) -> list[Path]:
+    """Files below root by sorted relative path, without hidden ones and pipes, which may never end."""
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=onerror):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+        found += [path for path in paths if os.path.isfile(path)]
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def _try_read(path: Path) -> str | None:
+def _try_read(path: Path, onerror: Callable[[OSError], object] | None = None) -> str | None:
+    """The text of a file in a folder, or None where it has none."""
     try:
-        return _read_file(path)
-    except DataError:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
         return None
+    except OSError as error:
+        if onerror is not None:
+            onerror(error)
+        return None
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
 
 def _read_file(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        _refuse(error)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {byte:#04x}") from error

@@ -50,13 +50,14 @@ class TrainConfig:
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        # Asked so that NaN, which every comparison denies, is refused too.
         for name in ("steps", "accumulation"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        if self.grad_clip is not None and self.grad_clip <= 0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and finite")
+        if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip={self.grad_clip} must be above 0, or None")
         if self.autocast not in (None, torch.bfloat16):
             # float16 gradients underflow without a loss scaler, which this loop does not have.
@@ -96,6 +97,8 @@ def train(
 ) -> list[StepRecord]:
     """Trains a model whose call returns its loss, as `model(*batch)`.
 
+    Gradients left over from before are dropped.
+
     Args:
         model: any module, compiled or not, for example a `fastattn.models.GPT`.
         batches: tuples of tensors on the model's device; `config.accumulation` of them make a step.
@@ -109,13 +112,17 @@ def train(
 
     Raises:
         ValueError: the batches end before the steps do, or `start` is not a step.
-        FloatingPointError: the loss became infinite or NaN.
+        FloatingPointError: the loss or the norm of the gradients became infinite or NaN. That step made no
+            update and called no `on_step`, so the weights and what was last saved are those before it.
     """
     if not 0 <= start < config.steps:
         raise ValueError(f"start={start} must be at least 0 and below steps={config.steps}")
     if optimizer is None:
         optimizer = make_optimizer(model, config)
     model.train()
+    # Clipping reads the model's gradients, the update the optimizer's; one may hold more than the other.
+    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     history = []
     remaining = iter(batches)
     for step in range(start, config.steps):
@@ -123,8 +130,6 @@ def train(
         history.append(record)
         if on_step is not None:
             on_step(record)
-        if not math.isfinite(record.loss):
-            raise FloatingPointError(f"the loss is {record.loss} at step {step}")
     return history
 
 
@@ -189,19 +194,28 @@ def _step(
         losses.append(loss.detach())
     norm = None
     if config.grad_clip is not None:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+    # Waits for the backward: an update from a loss that is not finite cannot be taken back.
+    mean_loss = torch.stack(losses).sum().item()
+    _check_finite("loss", mean_loss, step)
+    _check_finite("norm of the gradients", norm, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     _synchronize(device)
     seconds = time.perf_counter() - began
     return StepRecord(
         step=step,
-        loss=torch.stack(losses).sum().item(),
+        loss=mean_loss,
         seconds=seconds,
         tokens=sum(batch[-1].numel() for batch in micro_batches),
         learning_rate=rate,
-        grad_norm=None if norm is None else norm.item(),
+        grad_norm=norm,
     )
+
+
+def _check_finite(name: str, value: float | None, step: int) -> None:
+    if value is not None and not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value} at step {step}")
 
 
 def _take(batches: Iterator[Batch], count: int, step: int) -> list[Batch]:

@@ -193,9 +193,9 @@ def fake(monkeypatch, tmp_path):
 def test_training_goes_in_turns_whose_order_changes(fake):
     result = fake(steps=7, steps_per_turn=2, seq_lens=())
     turns = [name for name, do, _ in FakeWorker.asked if do == "train"]
-    assert turns[:3] == ["naive", "torch", "fastattn"]
-    assert turns[3:6] == ["fastattn", "torch", "naive"]
-    assert turns[6:9] == ["torch", "fastattn", "naive"]
+    assert turns[:3] == ["naive", "fastattn", "torch"]
+    assert turns[3:6] == ["torch", "naive", "fastattn"]
+    assert turns[6:9] == ["fastattn", "torch", "naive"]
     assert len(turns) == 3 * 4
     assert all(len(outcome.steps) == 7 for outcome in result.outcomes.values())
 

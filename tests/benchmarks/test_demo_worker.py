@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 
 import pytest
 import torch
@@ -83,17 +84,23 @@ def test_bfloat16_trains_under_autocast():
 
 
 def test_out_of_memory_is_a_refusal_and_the_worker_goes_on():
+    held, alive = [], []
+
     def exhaust(worker):
         kept = worker.more_steps
 
         def more_steps(batch_size, seq_len, steps):
             if seq_len > 100:
+                activation = torch.ones(3)
+                held.append(weakref.ref(activation))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
             return kept(batch_size, seq_len, steps)
 
         worker.more_steps = more_steps
+        worker.rest = lambda: alive.append([reference() is not None for reference in held])
 
     long = {"do": "steps", "steps": 1, "batch_size": 1, "seq_len": 101}
     events = ask(long, {"do": "steps", "steps": 1, **SIZE}, before=exhaust)
     assert events[1] == {"event": "refused", "reason": "out of memory"}
+    assert alive[0] == [False]  # else the other processes would run out of memory too
     assert events[2]["event"] == "done"

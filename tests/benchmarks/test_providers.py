@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import measure, providers
 from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase
-from benchmarks.measure import DIRECTIONS, Inputs, figures, measure_case, prepare
+from benchmarks.measure import DIRECTIONS, Failed, Inputs, figures, measure_case, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
-from fastattn import dispatch
+from fastattn import NotSupported, dispatch
 
 CPU = torch.device("cpu")
 CASES = (
@@ -75,7 +75,7 @@ def test_interpreter_is_refused_as_a_measurement(monkeypatch):
 def test_wrong_result_is_caught_before_it_is_timed(case, extra_provider):
     right = PROVIDERS[case.operation]["torch"]
     extra_provider(case.operation, "wrong", lambda c, d: lambda *t: right(c, d)(*t) * 1.001)
-    with pytest.raises(AssertionError, match="output: largest error"):
+    with pytest.raises(Failed, match="wrong: output: largest error"):
         prepare(Inputs(case, CPU), "wrong", "forward")
 
 
@@ -93,7 +93,7 @@ def test_wrong_gradient_is_caught(extra_provider):
     extra_provider("gelu", "wrong", lambda c, d: Wrong.apply)
     inputs = Inputs(GeluCase(3, 17), CPU)
     prepare(inputs, "wrong", "forward")
-    with pytest.raises(AssertionError, match="gradient 0: largest error"):
+    with pytest.raises(Failed, match="wrong: gradient 0: largest error"):
         prepare(inputs, "wrong", "forward+backward")
 
 
@@ -112,26 +112,38 @@ def test_wrong_last_row_of_a_parameter_gradient_is_caught(extra_provider):
         return call
 
     extra_provider("layer_norm", "wrong", wrong)
-    with pytest.raises(AssertionError, match="gradient 2: largest error"):
+    with pytest.raises(Failed, match="wrong: gradient 2: largest error"):
         prepare(Inputs(LayerNormCase(5, 300), CPU), "wrong", "forward+backward")
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "status", "reason"),
     (
-        (RuntimeError("No available kernel.\nAborting execution."), "No available kernel."),
-        (ImportError("No module named 'peer'"), "No module named 'peer'"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory"),
+        (RuntimeError("No available kernel.\nAborting execution."), "absent", "No available kernel."),
+        (ImportError("No module named 'peer'"), "absent", "No module named 'peer'"),
+        (NotSupported("head_dim=320 is above 256"), "absent", "head_dim=320 is above 256"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory", "out of memory"),
+        (
+            RuntimeError("CUDA error: an illegal memory access"),
+            "failed",
+            "RuntimeError: CUDA error: an illegal memory access",
+        ),
+        (OSError("out of resource: shared memory"), "failed", "OSError: out of resource: shared memory"),
     ),
 )
-def test_failure_is_an_absence_with_its_reason(error, reason, extra_provider):
+def test_a_failure_is_a_row_with_its_reason(error, status, reason, extra_provider, no_interpreter):
+    """A kernel that fails is neither absent nor the end of the run."""
+
     def failing(case, device):
         raise error
 
     extra_provider("gelu", "failing", failing)
-    with pytest.raises(Absent) as absence:
-        prepare(Inputs(GeluCase(3, 17), CPU), "failing", "forward")
-    assert str(absence.value) == reason
+    (row,) = measure_case(GeluCase(3, 17), CPU, 1, directions=("forward",), names=("failing",))
+    assert (row["status"], row["reason"]) == (status, reason)
+
+
+def test_no_names_measure_nothing(no_interpreter):
+    assert list(measure_case(GeluCase(3, 17), CPU, 1, directions=("forward",), names=())) == []
 
 
 def test_rows_of_a_case(no_interpreter, extra_provider):
@@ -152,12 +164,12 @@ def test_rows_of_a_case(no_interpreter, extra_provider):
     assert "not on a GPU" in by_name["fastattn-triton"]["reason"]
     assert by_name["wrong"]["status"] == "wrong"
     assert "median_ms" not in by_name["wrong"]
-    naive = by_name["naive"]  # first in round 0, last in round 1, last in round 2: 1, 6 and 9 ms
-    assert (naive["median_ms"], naive["rounds"]) == (6.0, 3)
+    naive = by_name["naive"]  # first in round 0, second in round 1, last in round 2: 1, 5 and 9 ms
+    assert (naive["median_ms"], naive["rounds"]) == (5.0, 3)
     assert naive["time_vs_naive"] == 1.0
-    assert naive["time_vs_torch"] == pytest.approx(6.0 / by_name["torch"]["median_ms"])
+    assert naive["time_vs_torch"] == pytest.approx(9 / 8)  # torch: 3, 4 and 8 ms in these rounds
     assert naive["peak_mib"] > by_name["torch"]["peak_mib"] == pytest.approx(3 * 17 * 4 / 2**20)
-    assert naive["gbytes_per_s"] == pytest.approx(2 * 3 * 17 * 4 / 6e6)
+    assert naive["gbytes_per_s"] == pytest.approx(2 * 3 * 17 * 4 / 5e6)
 
 
 def test_figures_without_baselines_have_no_ratio():

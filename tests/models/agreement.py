@@ -1,10 +1,15 @@
-"""How two implementations of one model are compared: loss and every parameter's gradient."""
+"""How two implementations of one model are compared: loss or logits, and every parameter's gradient."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from fastattn.nn import MultiheadAttention
+from fastattn.testing import assert_accurate, make_tensor
 
 IMPLEMENTATIONS = ("naive", "torch", "fastattn")
 
@@ -75,21 +80,67 @@ def assert_implementations_agree(
 
 
 def assert_bfloat16_agrees(
-    make_model: Callable[[str], nn.Module], *inputs: Any, device: torch.device, **keywords: Any
+    make_model: Callable[[str], nn.Module], device: torch.device, **inputs: Any
 ) -> None:
-    """Under bfloat16 autocast, fastattn's loss is as near to float32's as PyTorch's is, or twice as far."""
-    torch.manual_seed(0)
-    truth = make_model("naive").to(device)(*inputs, **keywords).item()
-    errors = {}
-    for implementation in ("torch", "fastattn"):
-        torch.manual_seed(0)
-        model = make_model(implementation).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = model(*inputs, **keywords)
-        assert loss.dtype == torch.float32
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        errors[implementation] = abs(loss.item() - truth)
-    # The floor is one rounding to bfloat16 of logits that give a loss of this size.
-    allowed = 2 * errors["torch"] + truth * 2.0**-8
-    assert errors["fastattn"] <= allowed, f"{errors} against {truth}; {allowed:.2e} is allowed"
+    """Under bfloat16 autocast, fastattn's logits and gradients are at most twice as far off as PyTorch's.
+
+    The truth is the naive formulas in float64.
+
+    Args:
+        make_model: from the implementation's name.
+        inputs: keywords of the model's call, on the device, `targets` (and `next_sentence`) among them.
+    """
+    truth = _outputs(make_model("naive").to(device).double(), None, inputs)
+    peer, ours = (
+        _outputs(make_model(name).to(device), torch.bfloat16, inputs) for name in ("torch", "fastattn")
+    )
+    assert truth.keys() == peer.keys() == ours.keys()
+    for name, expected in truth.items():
+        assert_accurate(ours[name], peer[name], expected, name=name)
+
+
+def _outputs(model: nn.Module, autocast: torch.dtype | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Logits and gradients by name, from the same weights for every implementation."""
+    randomize_(model)
+    if autocast is None:
+        inputs = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    unlabelled = {n: t for n, t in inputs.items() if n not in ("targets", "next_sentence")}
+    with torch.autocast(inputs["targets"].device.type, autocast, enabled=autocast is not None):
+        with torch.no_grad():
+            logits = model(**unlabelled)
+        loss, gradients = loss_and_gradients(model, **inputs)
+    assert loss.dtype == torch.float32
+    named = {f"logits {i}": part for i, part in enumerate(logits if isinstance(logits, tuple) else [logits])}
+    return named | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module) -> None:
+    """Weights that keep a vector's size, so that attention's weights differ and its output matters."""
+    for seed, parameter in enumerate(model.parameters()):
+        values = make_tensor(*parameter.shape, seed=seed)
+        if parameter.dim() >= 2:
+            parameter.copy_(values / math.sqrt(parameter[0].numel()))
+        else:
+            parameter.add_(0.1 * values)
+
+
+def break_attention(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Breaks fastattn's attention alone.
+
+    Args:
+        how: "zeros" makes its output zero, "detached" its gradient of the value; another is the name of an
+            argument to drop.
+    """
+    forward = MultiheadAttention.forward
+
+    def broken(self: MultiheadAttention, *arguments: Any, **keywords: Any) -> Any:
+        if self.implementation is not None:
+            return forward(self, *arguments, **keywords)
+        query, key, value = arguments
+        if how == "detached":
+            value = value.detach()
+        out = forward(self, query, key, value, **{name: v for name, v in keywords.items() if name != how})[0]
+        return (0 * out if how == "zeros" else out), None
+
+    monkeypatch.setattr(MultiheadAttention, "forward", broken)

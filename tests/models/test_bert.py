@@ -12,6 +12,7 @@ from tests.models.agreement import (
     assert_bfloat16_agrees,
     assert_implementations_agree,
     assert_near,
+    break_attention,
     compile_whole,
 )
 
@@ -51,7 +52,17 @@ def test_implementations_agree_without_padding(device: torch.device) -> None:
 
 
 def test_implementations_agree_in_bfloat16(device: torch.device) -> None:
-    assert_bfloat16_agrees(_model, device=device, **_inputs(device))
+    assert_bfloat16_agrees(_model, device, **_inputs(device))
+
+
+@pytest.mark.parametrize("how", ["zeros", "key_padding_mask"])
+def test_agreement_in_bfloat16_can_fail(
+    how: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compared the loss alone, of initial weights, which attention hardly moves: each of these passed."""
+    break_attention(monkeypatch, how)
+    with pytest.raises(AssertionError, match=r"^logits 0: largest error"):
+        assert_bfloat16_agrees(_model, device, **_inputs(device))
 
 
 def test_logits_and_losses() -> None:
@@ -158,3 +169,9 @@ def test_bad_input_is_named() -> None:
         model(torch.full_like(tokens, 64))
     with pytest.raises(ValueError, match="tokens has 65 positions; max_length=64 is the most"):
         model(torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"token_types has dtype=torch.float32; int64 or int32 is needed"):
+        model(tokens, token_types=tokens.float())
+    with pytest.raises(ValueError, match=r"next_sentence hold the id 2; it must be in \[0, 2\)"):
+        model(tokens, next_sentence=torch.tensor([0, 2]))
+    with pytest.raises(TypeError, match=r"next_sentence has dtype=torch.bool; int64 or int32 is needed"):
+        model(tokens, next_sentence=torch.tensor([False, True]))

@@ -14,6 +14,7 @@ from tests.models.agreement import (
     assert_bfloat16_agrees,
     assert_implementations_agree,
     assert_near,
+    break_attention,
     compile_whole,
 )
 
@@ -50,7 +51,17 @@ def test_implementations_agree_without_padding(device: torch.device) -> None:
 
 
 def test_implementations_agree_in_bfloat16(device: torch.device) -> None:
-    assert_bfloat16_agrees(_model, device=device, **_inputs(device))
+    assert_bfloat16_agrees(_model, device, **_inputs(device))
+
+
+@pytest.mark.parametrize("how", ["zeros", "is_causal", "key_padding_mask"])
+def test_agreement_in_bfloat16_can_fail(
+    how: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever part of attention is broken, as in test_gpt.py."""
+    break_attention(monkeypatch, how)
+    with pytest.raises(AssertionError, match=r"^logits 0: largest error"):
+        assert_bfloat16_agrees(_model, device, **_inputs(device))
 
 
 def test_logits_and_loss() -> None:

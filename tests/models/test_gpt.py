@@ -1,6 +1,7 @@
 """GPT: the same loss by every implementation, causal, compiled in one graph, and it learns."""
 
 import dataclasses
+import math
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from tests.models.agreement import (
     assert_bfloat16_agrees,
     assert_implementations_agree,
     assert_near,
+    break_attention,
     compile_whole,
 )
 
@@ -39,7 +41,18 @@ def test_implementations_agree(device: torch.device) -> None:
 
 def test_implementations_agree_in_bfloat16(device: torch.device) -> None:
     tokens = _tokens(device)
-    assert_bfloat16_agrees(_model, tokens, tokens.roll(-1, 1), device=device)
+    assert_bfloat16_agrees(_model, device, tokens=tokens, targets=tokens.roll(-1, 1))
+
+
+@pytest.mark.parametrize("how", ["zeros", "is_causal", "detached"])
+def test_agreement_in_bfloat16_can_fail(
+    how: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compared the loss alone, of initial weights, which attention hardly moves: each of these passed."""
+    break_attention(monkeypatch, how)
+    tokens = _tokens(device)
+    with pytest.raises(AssertionError, match=r"^(logits 0|gradient of .*): largest error"):
+        assert_bfloat16_agrees(_model, device, tokens=tokens, targets=tokens.roll(-1, 1))
 
 
 def test_logits_and_loss() -> None:
@@ -210,3 +223,44 @@ def test_bad_input_is_named() -> None:
         model.generate(_tokens(), 1, temperature=-1)
     with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
         model.generate(_tokens(), 1, top_k=0)
+    with pytest.raises(TypeError, match=r"targets has dtype=torch.float32; int64 or int32 is needed"):
+        model(_tokens(), torch.zeros(BATCH, SEQ))
+
+
+@pytest.mark.parametrize("outside", [256, -1])
+def test_targets_outside_the_vocabulary_are_named(outside: int) -> None:
+    """They were a bare IndexError; -100 beside them is left out, and no id to complain about."""
+    targets = torch.full((BATCH, SEQ), -100)
+    targets[0, 3] = outside
+    with pytest.raises(ValueError, match=rf"targets hold the id {outside}; it must be in \[0, 256\)"):
+        _model()(_tokens(), targets)
+
+
+def test_int32_tokens_and_targets() -> None:
+    """Targets of int32, which tokens may be, were a RuntimeError of cross_entropy."""
+    torch.manual_seed(0)
+    model, tokens = _model(), _tokens()
+    assert torch.equal(model(tokens.int(), tokens.int()), model(tokens, tokens))
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_no_loss_of_nothing(shape: tuple[int, int]) -> None:
+    """The mean over no targets was NaN; logits of nothing are fine."""
+    model, tokens = _model(), torch.zeros(shape, dtype=torch.int64)
+    assert model(tokens).shape == (*shape, 256)
+    with pytest.raises(ValueError, match=r"targets have shape .*; a mean loss needs at least 1 target"):
+        model(tokens, tokens)
+
+
+def test_what_cannot_be_continued_is_named() -> None:
+    """An empty prompt was an IndexError, and fewer than no tokens were none without a word."""
+    model = _model()
+    with pytest.raises(ValueError, match="tokens has 0 positions; at least 1 is needed to continue"):
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), 3)
+    with pytest.raises(ValueError, match="new_tokens=-3 must be at least 0"):
+        model.generate(_tokens(), -3)
+    with pytest.raises(ValueError, match="temperature=nan must be at least 0"):
+        model.generate(_tokens(), 1, temperature=math.nan)
+    with pytest.raises(ValueError, match="tokens has 1 dimensions; 2 are needed"):
+        model.generate(_tokens()[0], 1)
+    assert torch.equal(model.generate(_tokens(), 0), _tokens())

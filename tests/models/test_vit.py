@@ -9,6 +9,7 @@ from tests.models.agreement import (
     assert_bfloat16_agrees,
     assert_implementations_agree,
     assert_near,
+    break_attention,
     compile_whole,
 )
 
@@ -42,7 +43,17 @@ def test_implementations_agree(device: torch.device) -> None:
 
 
 def test_implementations_agree_in_bfloat16(device: torch.device) -> None:
-    assert_bfloat16_agrees(_model, _images(device), _targets(device), device=device)
+    assert_bfloat16_agrees(_model, device, images=_images(device), targets=_targets(device))
+
+
+@pytest.mark.parametrize("how", ["zeros"])
+def test_agreement_in_bfloat16_can_fail(
+    how: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever part of attention is broken, as in test_gpt.py."""
+    break_attention(monkeypatch, how)
+    with pytest.raises(AssertionError, match=r"^logits 0: largest error"):
+        assert_bfloat16_agrees(_model, device, images=_images(device), targets=_targets(device))
 
 
 def test_logits_and_loss() -> None:
@@ -120,3 +131,7 @@ def test_bad_input_is_named() -> None:
             model(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"targets have shape \(3,\); \(2,\) is needed"):
         model(_images(), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"images have dtype=torch.uint8; a floating-point dtype is needed"):
+        model(_images().byte())
+    with pytest.raises(ValueError, match=r"targets hold the id 5; it must be in \[0, 5\)"):
+        model(_images(), torch.tensor([1, 5]))

@@ -383,6 +383,16 @@ def test_bad_input_names_the_value(change: dict[str, Any], error: type[Exception
         fastattn.layer_norm(**arguments)
 
 
+def test_registered_backward_takes_any_strides_of_the_statistics(device: torch.device) -> None:
+    x = make_tensor(3, 4, 8, device=device)
+    y, mean, rstd = torch.ops.fastattn.layer_norm_forward(x, None, None, 1, 1e-5)
+    turned = (statistic.t().contiguous().t() for statistic in (mean, rstd))
+    arguments = (1, True, None, None)
+    found = torch.ops.fastattn.layer_norm_backward(y, x, None, *turned, *arguments)
+    expected = torch.ops.fastattn.layer_norm_backward(y, x, None, mean, rstd, *arguments)
+    assert torch.equal(found[0], expected[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, parameters", MIXTURES, ids=["-".join(pair) for pair in MIXTURES])
 @pytest.mark.parametrize("rows, width", [(8192, 768), (4096, 4096), (256, 131072)])

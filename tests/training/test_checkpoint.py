@@ -1,5 +1,7 @@
 """A training that stopped goes on bitwise as if it had not."""
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_weights_are_a_plain_safetensors_file(tmp_path: Path) -> None:
     model = _model()
     compiled = torch.compile(model, backend="eager")
     checkpoint.save(tmp_path, compiled, make_optimizer(model, CONFIG), step=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "training.pt"]
+    assert sorted(map(_kind, tmp_path.iterdir())) == ["model.safetensors", "training-*.pt"]
     tensors = load_file(tmp_path / "model.safetensors")
     named = dict(model.named_parameters())
     assert len(tensors) == len(named)
@@ -78,18 +80,33 @@ def test_weights_are_a_plain_safetensors_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_safetensors")
-def test_a_half_written_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
+    """Two runs at one step: the step was compared, so that the weights of one took the optimizer of the other."""
     model = _model()
     optimizer = make_optimizer(model, CONFIG)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint: model.safetensors is missing"):
         checkpoint.load(tmp_path, model, optimizer)
-    for step in (1, 2):
-        checkpoint.save(tmp_path / str(step), model, optimizer, step=step)
-    (tmp_path / "1" / "training.pt").replace(tmp_path / "2" / "training.pt")
-    with pytest.raises(ValueError, match="has the weights of step 2 beside the optimizer of step 1"):
-        checkpoint.load(tmp_path / "2", model, optimizer)
-    with pytest.raises(FileNotFoundError, match=r"training.pt is missing"):
-        checkpoint.load(tmp_path / "1", model, optimizer)
+    for run in ("a", "b"):
+        checkpoint.save(tmp_path / run, model, optimizer, step=1)
+    (ours,), (theirs,) = ((tmp_path / run).glob("training-*.pt") for run in "ab")
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=f"no whole checkpoint: {theirs.name} of its weights is missing"
+    ):
+        checkpoint.load(tmp_path / "a", model, optimizer)
+    ours.rename(ours.with_name(theirs.name))
+    with pytest.raises(ValueError, match=r"has the weights of save \w+ beside the optimizer of \w+"):
+        checkpoint.load(tmp_path / "a", model, optimizer)
+
+
+@pytest.mark.usefixtures("_safetensors")
+def test_other_programs_weights_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_model
+
+    model = _model()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"names no checkpoint; it was not written by save\(\)"):
+        checkpoint.load(tmp_path, model, make_optimizer(model, CONFIG))
 
 
 @pytest.mark.usefixtures("_safetensors")
@@ -102,22 +119,54 @@ def test_another_models_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_safetensors")
-def test_an_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model()
-    optimizer = make_optimizer(model, CONFIG)
-    checkpoint.save(tmp_path, model, optimizer, step=1)
+@pytest.mark.parametrize(
+    ("place", "left"),
+    [("torch.save", 1), ("save_model", 1), ("fsync", 1), ("replace", 1), ("glob", 2)],
+)
+def test_an_interrupted_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, left: int
+) -> None:
+    """The weights of step 2 lay beside the optimizer of step 1, and nothing could be loaded."""
+    models = _model(seed=1), _model(seed=2)
+    checkpoint.save(tmp_path, models[0], make_optimizer(models[0], CONFIG), step=1)
+    (tmp_path / "notes.txt").write_text("not ours")
 
-    def interrupted(state: object, file: str) -> None:
-        Path(file).write_bytes(b"half")
+    def interrupted(first: object, file: object = None, *others: object) -> None:
+        if isinstance(file, str | Path) and place in ("torch.save", "save_model"):
+            Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    before = (tmp_path / "training.pt").read_bytes()
-    monkeypatch.setattr(checkpoint.torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, model, optimizer, step=1)
-    assert (tmp_path / "training.pt").read_bytes() == before
-    monkeypatch.undo()
-    assert checkpoint.load(tmp_path, model, optimizer) == 1
+    owner, name = {
+        "torch.save": (torch, "save"),
+        "save_model": (sys.modules["safetensors.torch"], "save_model"),
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+        "glob": (Path, "glob"),  # what is done first after the new one is whole
+    }[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, models[1], make_optimizer(models[1], CONFIG), step=2)
+
+    def loaded() -> int:
+        model = _model()
+        step = checkpoint.load(tmp_path, model, make_optimizer(model, CONFIG))
+        expected = models[step - 1].state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        return step
+
+    assert loaded() == left
+    checkpoint.save(tmp_path, models[1], make_optimizer(models[1], CONFIG), step=2)
+    assert loaded() == 2
+    assert [_kind(path) for path in sorted(tmp_path.iterdir())] == [
+        "model.safetensors",
+        "notes.txt",
+        "training-*.pt",
+    ]
+
+
+def _kind(path: Path) -> str:
+    return re.sub("-[0-9a-f]{16}", "-*", path.name)
 
 
 def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """Text is read in a fixed order, tokenized without loss, and cut into the same batches for the same seed."""
 
+import errno
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,39 @@ def test_unusable_files_are_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no files were given"):
         read_texts([])
     assert issubclass(DataError, ValueError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+    """Reading a pipe that nobody writes to never ended; in another process, so that it ends here."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("text")
+    script = f"from fastattn.training.data import read_texts; print(read_texts({str(tmp_path)!r}))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "['text']\n", found.stderr
+
+
+@pytest.mark.parametrize("unreadable", ["folder", "folder/below", "folder/text"])
+def test_what_cannot_be_read_in_a_folder_is_named(
+    unreadable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a folder was said to hold no text in UTF-8. Patched, as root may read everything."""
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    (tmp_path / "folder" / "text").write_text("text")
+
+    def refuse_in(function: Any) -> Any:
+        def refusing(path: Any, *arguments: Any) -> Any:
+            if Path(path) == tmp_path / unreadable:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *arguments)
+
+        return refusing
+
+    monkeypatch.setattr(os, "scandir", refuse_in(os.scandir))
+    monkeypatch.setattr(Path, "read_bytes", refuse_in(Path.read_bytes))
+    with pytest.raises(DataError) as error:
+        read_texts(tmp_path / "folder")
+    assert str(error.value) == f"cannot read {tmp_path / unreadable}: Permission denied"
 
 
 def test_bytes_are_lossless() -> None:

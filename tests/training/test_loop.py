@@ -195,12 +195,47 @@ def test_time_is_taken_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert events == ["batch", "synchronize", "clock", "synchronize", "clock"]
 
 
-def test_stops_at_a_loss_that_is_not_finite() -> None:
-    seen: list[StepRecord] = []
-    bad = [(torch.ones(1, 1), torch.full((1, 1), value)) for value in (1.0, math.inf, 1.0)]
-    with pytest.raises(FloatingPointError, match="the loss is inf at step 1"):
-        train(Line(), bad, TrainConfig(steps=3), on_step=seen.append)
-    assert [record.step for record in seen] == [0, 1]
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_stops_before_a_loss_that_is_not_finite_is_learnt(value: float) -> None:
+    """The update was made and on_step called first, so a checkpoint of NaN replaced the last good one."""
+    model, seen = Line(), []
+    bad = [(torch.ones(1, 1), torch.full((1, 1), y)) for y in (1.0, value, 1.0)]
+    with pytest.raises(FloatingPointError, match=f"the loss is {value} at step 1"):
+        train(model, bad, TrainConfig(steps=3), on_step=lambda record: seen.append(model.weight.item()))
+    assert len(seen) == 1 and math.isfinite(seen[0])
+    assert model.weight.item() == seen[0]
+
+
+def test_stops_before_gradients_that_are_not_finite_are_learnt() -> None:
+    """The loss of 0 is finite, but not the slope of sqrt there."""
+
+    class Root(Line):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x @ self.weight).sqrt().sum()
+
+    model = Root()
+    with pytest.raises(FloatingPointError, match="the norm of the gradients is inf at step 0"):
+        train(model, _line_batches(1), TrainConfig(steps=1))
+    assert model.weight.item() == 0.0
+
+
+def test_gradients_from_before_are_dropped() -> None:
+    """A backward before train() was added to the first step: here it would turn the step around.
+
+    Also of a parameter that only the model has, which would shrink the step by clipping, or the optimizer.
+    """
+    weights = []
+    for before in (None, 1e3):
+        model, outside = Line(), nn.Parameter(torch.zeros(1, 1))
+        model.unused = nn.Parameter(torch.zeros(1, 1))
+        if before is not None:
+            for parameter in (model.weight, model.unused, outside):
+                parameter.grad = torch.full((1, 1), before)
+        optimizer = torch.optim.SGD([model.weight, outside], lr=1.0)
+        train(model, _line_batches(1), TrainConfig(steps=1), optimizer=optimizer)
+        weights.append((model.weight.item(), outside.item()))
+    assert weights[0] == weights[1]
+    assert weights[0][0] > 0
 
 
 def test_says_when_batches_run_out() -> None:
@@ -214,8 +249,12 @@ def test_says_when_batches_run_out() -> None:
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"accumulation": 0}, "accumulation=0 must be at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be at least 0 and finite"),
+        ({"learning_rate": math.inf}, "learning_rate=inf must be at least 0 and finite"),
+        ({"weight_decay": math.nan}, "weight_decay=nan must be at least 0 and finite"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"grad_clip": 0.0}, "grad_clip=0.0 must be above 0, or None"),
+        ({"grad_clip": math.nan}, "grad_clip=nan must be above 0, or None"),
         ({"autocast": torch.float16}, "autocast=torch.float16 must be torch.bfloat16 or None"),
     ],
 )

@@ -1,0 +1,278 @@
+"""`python -m benchmarks inspect`: kernels compiled without a GPU, one row each."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import DTYPES, OpCase
+from benchmarks.inspection import compare
+from benchmarks.inspection.launches import LaunchError, user_launch
+from benchmarks.inspection.rows import (
+    InspectionRow,
+    failures,
+    inspect_case,
+    inspect_launch,
+    launches_of,
+    shipped_cases,
+)
+from fastattn.kernels._target import KNOWN_TARGETS
+
+# One of each family of launch configs; see kernels/_config.py.
+DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
+
+
+class InspectError(Exception):
+    """The arguments name what is not there; the message says what is."""
+
+
+@dataclass(frozen=True)
+class UserKernel:
+    """A kernel of the user's own; see `user_launch`."""
+
+    spec: str
+    signature: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case on one architecture, and which of its kernels are wanted (as prefixes; none means all)."""
+
+    what: OpCase | UserKernel
+    arch: str
+    kernels: tuple[str, ...] = ()
+
+    def run(self) -> list[InspectionRow]:
+        if isinstance(self.what, UserKernel):
+            own = self.what
+            launch = user_launch(own.spec, own.signature, own.num_warps, own.num_stages)
+            return [inspect_launch("user", self.arch, launch)]
+        return inspect_case(
+            self.what, self.arch, lambda name: not self.kernels or name.startswith(self.kernels)
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks inspect`."""
+    parser.add_argument(
+        "kernels", nargs="*", metavar="KERNEL",
+        help="names or their beginnings (attention, attention_dq, layer_norm, gelu, ...), or your own kernel as "
+        "module:function or file.py:function; all shipped ones by default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arch", nargs="+", default=list(DEFAULT_ARCHS), metavar="ARCH", help=", ".join(KNOWN_TARGETS)
+    )
+    parser.add_argument(
+        "--shape", nargs="+", default=[], metavar="NAME=VALUE",
+        help="one shape instead of the shipped ones, e.g. seq_q=8192 head_dim=96 dtype=bf16 causal=top_left",
+    )  # fmt: skip
+    parser.add_argument(
+        "--signature", nargs="+", default=[], metavar="NAME=TYPE",
+        help="of your own kernel: x_ptr=*bf16 n=i32 stride=i32:16 BLOCK=1024",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-warps", type=int, default=4, metavar="N", help="of your own kernel (default 4)"
+    )
+    parser.add_argument(
+        "--num-stages", type=int, default=3, metavar="N", help="of your own kernel (default 3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--diff", metavar="REV", help="what changed since another revision's kernels")
+    parser.add_argument(
+        "--check", action="store_true", help="fail on spills, missing HGMMA and growth past the baseline"
+    )
+    parser.add_argument("--update-baseline", action="store_true", help="make these rows the baseline")
+    parser.add_argument("--quiet", action="store_true", help="no table and no progress")
+
+
+def plan(chosen: argparse.Namespace) -> list[Job]:
+    """The compilations asked for.
+
+    Raises:
+        InspectError: an architecture, kernel or part of a shape is unknown.
+    """
+    for arch in chosen.arch:
+        if arch not in KNOWN_TARGETS:
+            raise InspectError(f"arch {arch!r} is unknown; there are {', '.join(KNOWN_TARGETS)}")
+    own = [name for name in chosen.kernels if ":" in name]
+    named = tuple(name for name in chosen.kernels if ":" not in name)
+    known = known_kernels() if named else []
+    for name in named:
+        if not any(kernel.startswith(name) for kernel in known):
+            raise InspectError(
+                f"kernel {name!r} is unknown; there are {', '.join(known)}, or module:function"
+            )
+    whats: list[OpCase | UserKernel] = []
+    for spec in own:
+        kernel = UserKernel(spec, tuple(chosen.signature), chosen.num_warps, chosen.num_stages)
+        try:
+            user_launch(spec, kernel.signature)
+        except LaunchError as error:
+            raise InspectError(str(error)) from error
+        whats.append(kernel)
+    if named or not own:
+        whats += _cases(named, chosen.shape)
+    return [Job(what, arch, named) for arch in chosen.arch for what in whats]
+
+
+def known_kernels() -> list[str]:
+    """The names of all kernels that are shipped."""
+    return list(
+        dict.fromkeys(launch.name for case in shipped_cases() for launch in launches_of(case, "sm_90"))
+    )
+
+
+def _cases(named: tuple[str, ...], shape: Sequence[str]) -> list[OpCase]:
+    """The shipped cases that launch one of the named kernels, or one case an operation with this shape."""
+    cases = [
+        case
+        for case in shipped_cases()
+        if not named or any(launch.name.startswith(named) for launch in launches_of(case, "sm_90"))
+    ]
+    if not shape:
+        return cases
+    first = {case.operation: case for case in reversed(cases)}
+    given = dict(_shape_part(part) for part in shape)
+    known = {f.name for case in first.values() for f in fields(case)}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InspectError(f"--shape has no {unknown[0]!r} here; there are {', '.join(sorted(known))}")
+    return [
+        replace(
+            case, **{name: value for name, value in given.items() if name in {f.name for f in fields(case)}}
+        )
+        for case in first.values()
+    ]
+
+
+def _shape_part(part: str) -> tuple[str, Any]:
+    name, equals, text = part.partition("=")
+    if not equals:
+        raise InspectError(f"--shape takes NAME=VALUE, not {part!r}")
+    if name == "dtype":
+        if text not in DTYPES:
+            raise InspectError(f"dtype={text} is unknown; there are {', '.join(DTYPES)}")
+        return name, DTYPES[text]
+    if text.lstrip("-").isdigit():
+        if int(text) < 1:
+            raise InspectError(f"--shape {part} must be at least 1")
+        return name, int(text)
+    return name, {"True": True, "true": True, "False": False, "false": False}.get(text, text)
+
+
+def run_jobs(jobs: Sequence[Job], advance: Callable[[str, float], None] | None = None) -> list[InspectionRow]:
+    """Compiles the jobs, as many at a time as there are cores; rows come in the jobs' order."""
+    rows: list[InspectionRow] = []
+    for job, found in zip(jobs, _mapped(jobs), strict=True):
+        rows += found
+        if advance is not None:
+            advance(f"{job.arch} {found[0].case if found else ''}", 1)
+    return rows
+
+
+def _mapped(jobs: Sequence[Job]) -> Iterator[list[InspectionRow]]:
+    if len(jobs) == 1:
+        yield jobs[0].run()
+        return
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        yield from pool.imap(Job.run, jobs)
+
+
+def inspect(chosen: argparse.Namespace, jobs: Sequence[Job], console: Console, progress: Any) -> int:
+    """Compiles, prints, writes and compares; 1 where a check failed, else 0.
+
+    Raises:
+        ComparisonError: there is nothing to compare with.
+    """
+    if chosen.quiet:
+        rows = run_jobs(jobs)
+    else:
+        with progress(float(len(jobs))) as advance:
+            rows = run_jobs(jobs, advance)
+        console.print(inspection_table(rows))
+        for line in notes(rows):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if chosen.json:
+        compare.write_rows(chosen.json, rows)
+    if chosen.diff:
+        old = compare.rows_of_revision(chosen.diff, _repeated(chosen))
+        lines = compare.changes(old, rows) or [f"nothing changed since {chosen.diff}"]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    if chosen.update_baseline:
+        compare.write_baseline(rows)
+    failed = [*failures(rows), *compare.growth(rows)] if chosen.check else []
+    for line in failed:
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    return 1 if failed or any(row.error for row in rows) else 0
+
+
+def _repeated(chosen: argparse.Namespace) -> list[str]:
+    """The arguments that say what to compile, for another process."""
+    options = [
+        "--arch",
+        *chosen.arch,
+        "--num-warps",
+        str(chosen.num_warps),
+        "--num-stages",
+        str(chosen.num_stages),
+    ]
+    options += ["--shape", *chosen.shape] if chosen.shape else []
+    options += ["--signature", *chosen.signature] if chosen.signature else []
+    return [*chosen.kernels, *options]
+
+
+def inspection_table(rows: Sequence[InspectionRow]) -> Table:
+    """Everything but the bound's formula, which `notes` prints."""
+    table = Table(title="compiled without a GPU", title_justify="left")
+    headers = (
+        "arch", "case", "kernel", "tile", "warps", "regs", "spills", "shared", "programs\n/ SM", "occup.",
+        "matrix instr.\n(loop)", "special\n(loop)", "TMA\nl/s/r", "instr.\n(loop)", "bound ms", "by",
+    )  # fmt: skip
+    left = ("arch", "case", "kernel", "tile", "by")
+    for header in headers:
+        table.add_column(header, justify="left" if header in left else "right", overflow="fold")
+    previous = None
+    for row in rows:
+        if previous is not None and (row.arch, row.case) != previous:
+            table.add_section()
+        labels = (row.arch, row.case) if (row.arch, row.case) != previous else ("", "")
+        previous = (row.arch, row.case)
+        if row.error:
+            table.add_row(*labels, row.kernel, row.tile, str(row.num_warps), "error", style="red")
+            continue
+        spills = f"{row.spill_loads}/{row.spill_stores}" if row.spill_loads or row.spill_stores else "0"
+        table.add_row(
+            *labels, row.kernel, row.tile, f"{row.num_warps}{' ws' if row.warp_specialized else ''}",
+            str(row.registers), spills, f"{row.shared:,}\nof {row.shared_limit:,}", str(row.programs),
+            f"{row.occupancy:.0%}", _kinds(row.tensor_cores, row.loop_tensor_cores),
+            f"{row.special_functions} ({row.loop_special_functions})",
+            f"{row.tma_loads}/{row.tma_stores}/{row.tma_reductions}",
+            f"{row.instructions} ({row.loop_instructions})",
+            f"{row.bound_ms:.3g}" if row.bound else "", row.bound_by,
+            style="red" if row.spill_loads or row.shared > row.shared_limit else None,
+        )  # fmt: skip
+    return table
+
+
+def _kinds(whole: dict[str, int], loop: dict[str, int]) -> str:
+    return " ".join(f"{kind} {count} ({loop.get(kind, 0)})" for kind, count in whole.items())
+
+
+def notes(rows: Sequence[InspectionRow]) -> list[str]:
+    """Errors, then where each bound comes from, once for kernels that share it."""
+    lines = [f"{row.arch} {row.case} {row.kernel}: {row.error}" for row in rows if row.error]
+    bounds: dict[str, None] = {}
+    for row in rows:
+        if row.bound:
+            bounds.setdefault(f"{row.case} {row.kernel}: {row.bound}")
+    return [*lines, "bounds, the largest of:", *(f"  {line}" for line in bounds)] if bounds else lines

@@ -1,0 +1,167 @@
+"""One row a compiled kernel: what its machine code uses, against the limits, beside the bound of its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase
+from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
+from benchmarks.inspection.launches import Launch, compile_launch, record_launches
+from benchmarks.inspection.machine_code import read_machine_code
+from fastattn.kernels._target import KNOWN_TARGETS
+
+
+@dataclass(frozen=True)
+class InspectionRow:
+    """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times."""
+
+    case: str
+    arch: str
+    kernel: str
+    tile: str
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spill_loads: int = 0
+    spill_stores: int = 0
+    stack: int = 0
+    shared: int = 0
+    shared_limit: int = 0
+    programs: int = 0
+    occupancy: float = 0.0
+    tensor_cores: dict[str, int] = field(default_factory=dict)
+    tma_loads: int = 0
+    tma_stores: int = 0
+    tma_reductions: int = 0
+    warp_specialized: bool = False
+    special_functions: int = 0
+    instructions: int = 0
+    loop_instructions: int = 0
+    loop_tensor_cores: dict[str, int] = field(default_factory=dict)
+    loop_special_functions: int = 0
+    bound_ms: float = 0.0
+    bound_by: str = ""
+    bound: str = ""
+    error: str = ""
+
+
+def shipped_cases() -> list[OpCase]:
+    """Calls that between them launch every kernel with every config of a family of targets."""
+    cases: list[OpCase] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        narrow = (
+            dtype == torch.bfloat16
+        )  # float32 has fewer cases: each takes the assembler ten times as long
+        for head_dim in (64, 80, 128, 256) if narrow else (64, 128, 256):
+            for causal in (False, "top_left") if narrow and head_dim == 128 else ("top_left",):
+                cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=dtype))
+        cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
+        cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
+    return cases
+
+
+def launches_of(case: OpCase, arch: str) -> list[Launch]:
+    """What a call of the case launches, forward and backward."""
+    with record_launches(arch) as launches:
+        _LAUNCH[case.operation](case)
+    return launches
+
+
+def inspect_case(
+    case: OpCase, arch: str, wanted: Callable[[str], bool] = lambda kernel: True
+) -> list[InspectionRow]:
+    """A row for each kernel that a call of the case launches, forward and backward."""
+    name = f"{case.operation} {case.name}"
+    launches = [launch for launch in launches_of(case, arch) if wanted(launch.name)]
+    rows = [inspect_launch(name, arch, launch) for launch in launches]
+    # A kernel may be launched twice with other flags, for dk and then for dv.
+    before = [[r.kernel for r in rows[:index]].count(row.kernel) for index, row in enumerate(rows)]
+    return [
+        replace(row, kernel=f"{row.kernel}#{n + 1}" if n else row.kernel)
+        for row, n in zip(rows, before, strict=True)
+    ]
+
+
+def _launch_attention(case: AttentionCase) -> None:
+    from fastattn.kernels.attention_backward import attention_backward
+    from fastattn.kernels.attention_forward import attention_forward
+
+    q, k, v = (t.detach() for t in case.inputs("meta"))
+    causal = str(case.causal) if case.causal else "none"
+    scale = case.head_dim**-0.5
+    out, lse = attention_forward(q, k, v, scale, causal)
+    attention_backward(torch.empty_like(out), None, q, k, v, out, lse, scale, causal, True, True, True)
+
+
+def _launch_layer_norm(case: LayerNormCase) -> None:
+    from fastattn.kernels.layer_norm_backward import layer_norm_backward
+    from fastattn.kernels.layer_norm_forward import layer_norm_forward
+
+    x = case.inputs("meta")[0].detach()
+    weight = torch.empty(case.width, device="meta") if case.affine else None  # float32, as in mixed precision
+    y, mean, rstd = layer_norm_forward(x, weight, weight, 1, 1e-5)
+    layer_norm_backward(y, x, weight, mean, rstd, 1, True, torch.float32, torch.float32)
+
+
+def _launch_gelu(case: GeluCase) -> None:
+    from fastattn.kernels.gelu import gelu_backward, gelu_forward
+
+    x = case.inputs("meta")[0].detach()
+    gelu_backward(gelu_forward(x, case.approximate), x, case.approximate)
+
+
+_LAUNCH: dict[str, Callable[[Any], None]] = {
+    "attention": _launch_attention,
+    "layer_norm": _launch_layer_norm,
+    "gelu": _launch_gelu,
+}
+
+
+def inspect_launch(case: str, arch: str, launch: Launch) -> InspectionRow:
+    """Compiles a launch and reads it; a compiler's error becomes a row that says so."""
+    row = InspectionRow(
+        case,
+        arch,
+        launch.name,
+        launch.tile,
+        launch.arguments.get("num_warps", 4),
+        launch.arguments.get("num_stages", 3),
+        shared_limit=KNOWN_TARGETS[arch].shared_memory,
+    )
+    try:
+        code = read_machine_code(compile_launch(arch, launch))
+    except Exception as error:  # any failure to compile is this row's result
+        lines = str(error).strip().splitlines() or [""]
+        return replace(row, error=f"{type(error).__name__}: {lines[-1]}")
+    counts = asdict(code)
+    del counts["warps"]
+    work = work_of(launch)
+    bound = bound_of(work, arch)
+    if work.bytes:
+        row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
+    return replace(
+        row, **counts, programs=programs_per_multiprocessor(code, arch), occupancy=occupancy(code, arch)
+    )
+
+
+def failures(rows: Iterable[InspectionRow]) -> list[str]:
+    """What no shipped kernel may do, a line each: fail to compile, spill, ask for too much, miss HGMMA on sm_90."""
+    found = []
+    for row in rows:
+        label = f"{row.arch} {row.case} {row.kernel}"
+        if row.error:
+            found.append(f"{label}: {row.error}")
+            continue
+        if row.spill_loads or row.spill_stores:
+            found.append(f"{label}: spills, {row.spill_loads} loads and {row.spill_stores} stores")
+        if row.shared > row.shared_limit:
+            found.append(f"{label}: shared memory {row.shared} is above {row.shared_limit} bytes")
+        if "HMMA" in row.tensor_cores and row.arch == "sm_90":
+            found.append(f"{label}: HMMA on sm_90, whose fast matrix instruction is HGMMA")
+        if not row.tensor_cores and "tensor " in row.bound:
+            found.append(f"{label}: 16-bit products without tensor cores")
+    return found

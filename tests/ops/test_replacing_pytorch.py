@@ -1,0 +1,94 @@
+"""Our functions in the place of PyTorch's: assigned over them, on meta and nested tensors, with bad arguments."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+NAMES = ("scaled_dot_product_attention", "gelu", "layer_norm")
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
+def test_assigned_over_pytorchs_own(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on to PyTorch must not come back to us for ever."""
+    x = torch.randn(1, 2, 5, 8)
+    expected = [F.gelu(x), F.layer_norm(x, (8,)), F.scaled_dot_product_attention(x, x, x)]
+    for name in NAMES:
+        monkeypatch.setattr(F, name, getattr(fastattn, name))
+    with fastattn.use_implementation(implementation):
+        found = [F.gelu(x), F.layer_norm(x, (8,)), F.scaled_dot_product_attention(x, x, x)]
+    torch.testing.assert_close(found, expected)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(F.gelu(x).sum(), x, create_graph=True)
+    assert gradient.requires_grad
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q = torch.empty(2, 4, 9, 16, device="meta")
+    k = torch.empty(2, 2, 7, 16, device="meta")
+    assert fastattn.attention(q, k, k).shape == q.shape
+    assert fastattn.attention(q, k, k, causal="bottom_right", return_lse=True)[1].shape == q.shape[:3]
+    assert fastattn.scaled_dot_product_attention(q, k, k, enable_gqa=True).shape == q.shape
+    assert fastattn.gelu(q).shape == fastattn.layer_norm(q, 16).shape == q.shape
+    assert fastattn.explain(q, k, k).implementation == "torch"
+
+
+def test_nested_tensors_go_to_pytorch() -> None:
+    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
+    for ours, theirs in (
+        (fastattn.gelu(rows), F.gelu(rows)),
+        (fastattn.layer_norm(rows, 8), F.layer_norm(rows, (8,))),
+    ):
+        torch.testing.assert_close(ours.values(), theirs.values())
+    heads = rows.unflatten(-1, (2, 4)).transpose(1, 2)
+    ours = fastattn.scaled_dot_product_attention(heads, heads, heads)
+    torch.testing.assert_close(ours.values(), F.scaled_dot_product_attention(heads, heads, heads).values())
+    assert "layout=torch.jagged" in fastattn.explain(fastattn.gelu, rows).refusals["triton"]
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(is_causal="no"),
+        dict(is_causal="bottom_right"),
+        dict(is_causal=None),
+        dict(dropout_p=-0.5),
+        dict(dropout_p=math.nan),
+        dict(dropout_p="x"),
+    ],
+    ids=str,
+)
+def test_arguments_that_pytorch_refuses_are_refused(keywords: dict[str, Any]) -> None:
+    """With PyTorch's own error; the kernels would take some of these for something else."""
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises((TypeError, RuntimeError)) as theirs:
+        F.scaled_dot_product_attention(q, q, q, **keywords)
+    with pytest.raises(theirs.type) as ours:
+        fastattn.scaled_dot_product_attention(q, q, q, **keywords)
+    messages = (re.sub(r" \(position \d\)", "", str(error.value)) for error in (ours, theirs))
+    assert len(set(messages)) == 1
+
+
+def test_scale_is_a_keyword() -> None:
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(TypeError):
+        fastattn.scaled_dot_product_attention(q, q, q, None, 0.0, False, 0.5)
+
+
+def test_explain_says_when_pytorch_holds_all_scores() -> None:
+    q = torch.randn(1, 1, 512, 16)
+    calls = dict(dropped=dict(dropout_p=0.1), plain={})
+    with fastattn.use_implementation("torch"):
+        said = {
+            name: fastattn.explain(fastattn.scaled_dot_product_attention, q, q, q, **keywords).description
+            for name, keywords in calls.items()
+        }
+    assert said["dropped"].endswith(", holding all scores at once")
+    assert said["plain"] == "torch.nn.functional.scaled_dot_product_attention"
