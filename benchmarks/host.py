@@ -73,7 +73,7 @@ def measure_host(device: torch.device | str = "cpu", rounds: int = 30) -> Iterat
         with torch.no_grad():
             samples = host_cost({"fastattn": ours, "torch": theirs}, rounds)
         mine, pytorch = summarize(samples["fastattn"]), summarize(samples["torch"])
-        above = statistics.median(a - b for a, b in zip(samples["fastattn"], samples["torch"], strict=True))
+        above = summarize([a - b for a, b in zip(samples["fastattn"], samples["torch"], strict=True)])
         yield {
             "operation": "host",
             "case": f"{name}, {device.type}",
@@ -84,7 +84,9 @@ def measure_host(device: torch.device | str = "cpu", rounds: int = 30) -> Iterat
             "low_us": mine.low,
             "high_us": mine.high,
             "torch_us": pytorch.median,
-            "above_torch_us": above,
+            "above_torch_us": above.median,
+            "above_torch_low_us": above.low,
+            "above_torch_high_us": above.high,
             "bound_us": MAX_CALL_US if device.type == "cpu" else None,
             "rounds": mine.count,
         }

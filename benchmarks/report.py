@@ -171,7 +171,8 @@ def host_table(rows: Iterable[Row]) -> Table:
             f"{row['median_us']:.2f}",
             f"{row['low_us']:.2f}-{row['high_us']:.2f}",
             f"{row['torch_us']:.2f}",
-            f"{row['above_torch_us']:.2f}" + (" over" if row["above_torch_us"] > (bound or math.inf) else ""),
+            f"{row['above_torch_us']:.2f} ({row['above_torch_low_us']:.1f}-{row['above_torch_high_us']:.1f})"
+            + (" over" if row["above_torch_us"] > (bound or math.inf) else ""),
             "" if bound is None else f"{bound:g}",
         )
     return table
