@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _transforms_are_active
+from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -113,7 +115,11 @@ class Operation:
         return function
 
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
-        requested, arguments = self._prepared(requested, arguments)
+        self.check(*arguments)
+        if self.cast is not None and autocasts(arguments[0]):
+            arguments = self.cast(*arguments)
+        if requested is None:
+            requested = _forced.name
         if requested is not None:
             return self._named(requested, *arguments).run(*arguments)
         for implementation in self.automatic:
@@ -122,17 +128,13 @@ class Operation:
                 return implementation.run(*arguments)
         raise NotSupported(self._no_implementation(*arguments))
 
-    def _prepared(
-        self, requested: str | None, arguments: tuple[Any, ...]
-    ) -> tuple[str | None, tuple[Any, ...]]:
-        """The name that is asked for, if any, and the arguments checked and cast."""
+    def explain(self, requested: str | None, *arguments: Any) -> Explanation:
+        # As in __call__, which has no function for it because a call costs half a microsecond.
         self.check(*arguments)
         if self.cast is not None and autocasts(arguments[0]):
             arguments = self.cast(*arguments)
-        return (_forced.name if requested is None else requested), arguments
-
-    def explain(self, requested: str | None, *arguments: Any) -> Explanation:
-        requested, arguments = self._prepared(requested, arguments)
+        if requested is None:
+            requested = _forced.name
         if requested is not None:
             chosen = self._named(requested, *arguments)
             others = {i.name: f"{requested!r} was asked for by name" for i in self.implementations}
@@ -279,9 +281,9 @@ def refuse_transforms() -> str | None:
     """
     if torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return "within torch.func transforms (vmap, grad, jvp, ...) only PyTorch's own operators are differentiated"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "within forward-mode AD only PyTorch's own operators are differentiated"
     return None
 

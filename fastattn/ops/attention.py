@@ -183,6 +183,8 @@ def _blockwise_reason(
         return "PyTorch's operator has no bottom-right alignment"
     if causal is not False and scale is not None and scale <= 0:
         return f"PyTorch's operator masks before it scales, which gives NaN with scale={scale}"
+    if q.size(2) * k.size(2) <= _FEW_SCORES and not torch.compiler.is_compiling():
+        return None
     if holds_all_scores(q, k, v, None, 0.0, causal is not False, None, q.size(1) != k.size(1)):
         return "PyTorch's operator would hold all scores at once"
     return None
@@ -211,7 +213,9 @@ def holds_all_scores(
 def _refuse_torch(q: Tensor, *others: Any) -> str | None:
     """Blocks of PyTorch operators are no PyTorch operator: transforms cannot look into them."""
     reason = dispatch.refuse_transforms()
-    return None if reason is None or _blockwise_reason(q, *others) is None else reason
+    if reason is None or _blockwise_reason(q, *others) is None:
+        return None
+    return reason
 
 
 def _run_torch(

@@ -187,7 +187,7 @@ def _to_float32(tensor: Any) -> Any:
 def _run_triton(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    dims = len(_as_shape(normalized_shape))
+    dims = 1 if isinstance(normalized_shape, int) else len(_as_shape(normalized_shape))
     x, weight, bias = _under_autocast(x, weight, bias)
     if not needs_graph(x, weight, bias):
         return _forward(x, weight, bias, dims, eps)[0]
@@ -201,7 +201,7 @@ def _run_triton(
 def _run_torch(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    shape = _as_shape(normalized_shape)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else _as_shape(normalized_shape)
     dtype = x.dtype
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return torch_layer_norm(x, shape, weight, bias, eps)
@@ -230,7 +230,7 @@ def _run_reference(
     x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     x, weight, bias = _under_autocast(x, weight, bias)
-    return reference.layer_norm(x, normalized_shape, weight, bias, eps)
+    return reference.layer_norm(x, _as_shape(normalized_shape), weight, bias, eps)
 
 
 _LAYER_NORM = Operation(

@@ -46,6 +46,8 @@ HOST = {
     "high_us": 6.0,
     "torch_us": 2.0,
     "above_torch_us": 3.0,
+    "above_torch_low_us": 2.0,
+    "above_torch_high_us": 4.0,
     "bound_us": 15.0,
 }
 IMPORT = {
@@ -104,7 +106,7 @@ def test_table_shows_figures_and_absences():
 
 
 def test_host_cost_over_its_bound_is_marked():
-    assert "16.00 over" in printed([HOST | {"above_torch_us": 16.0}])
+    assert "16.00 (2.0-4.0) over" in printed([HOST | {"above_torch_us": 16.0}])
     assert "over" not in printed([HOST | {"above_torch_us": 16.0, "bound_us": None}])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,15 @@ def test_bad_input_names_the_value(change: dict[str, Any], error: type[Exception
     arguments: dict[str, Any] = {"x": X, "normalized_shape": 4} | change
     with pytest.raises(error, match=message):
         fastattn.layer_norm(**arguments)
+
+
+@pytest.mark.parametrize("implementation", [*FAST, "reference"])
+@pytest.mark.parametrize("shape", [np.int64(4), (np.int32(4),), torch.Size([4]), range(4, 5)], ids=repr)
+def test_sizes_of_any_integral_type(shape: Any, implementation: str, device: torch.device) -> None:
+    x = make_tensor(3, 4, device=device)
+    torch.testing.assert_close(
+        fastattn.layer_norm(x, shape, implementation=implementation), F.layer_norm(x, (4,))
+    )
 
 
 def test_registered_backward_takes_any_strides_of_the_statistics(device: torch.device) -> None:
