@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,9 @@ def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> No
 def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError where (batch, heads, seq, head_dim) shapes do not fit together."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    # The usual case at once. Not while the compiler traces, which would take the comparison for a condition.
+    if not torch.compiler.is_compiling() and q_shape == k_shape == v_shape and len(q_shape) == 4:
+        return
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         raise ValueError(
             f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; "

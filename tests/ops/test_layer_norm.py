@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
+from fastattn import dispatch
 from fastattn.ops import layer_norm as module
 from fastattn.testing import assert_accurate, make_tensor
 
@@ -264,6 +265,7 @@ def test_autocast_matches_pytorch(
 def test_gpu_autocast_casts_to_float32_but_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule itself, on a device type that is not the CPU; the cast is differentiable."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+    monkeypatch.setattr(dispatch, "_is_any_autocast_enabled", lambda: True)
 
     class OnGpu(Tensor):
         @property
