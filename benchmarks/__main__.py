@@ -1,4 +1,4 @@
-"""`python -m benchmarks demo|ops|inspect|gpu`: the main job, the operations, their machine code, all on a GPU."""
+"""`python -m benchmarks demo|ops|inspect|gpu|readme`: the main job, the operations, machine code, all on a GPU."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspection.add_arguments(inspect)
     inspect.set_defaults(run=_inspect)
+
+    readme = commands.add_parser("readme", help="write README.md's figures from benchmarks/results/")
+    readme.set_defaults(run=_readme)
 
     gpu = commands.add_parser(
         "gpu", help="on a GPU: the tests marked gpu, then the benchmarks, into a folder"
@@ -145,6 +148,17 @@ def _inspect(chosen: argparse.Namespace) -> int:
         return command.inspect(chosen, command.plan(chosen), make_console(), progress_bar)
     except (command.InspectError, ComparisonError, FolderError) as error:
         return _refuse(str(error))
+
+
+def _readme(chosen: argparse.Namespace) -> int:
+    from benchmarks import readme
+
+    try:
+        text = readme.render(readme.README.read_text(encoding="utf-8"))
+    except readme.ReadmeError as error:
+        return _refuse(str(error))
+    readme.README.write_text(text, encoding="utf-8")
+    return 0
 
 
 def _gpu(chosen: argparse.Namespace) -> int:
