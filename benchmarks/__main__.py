@@ -1,10 +1,9 @@
-"""`python -m benchmarks demo|ops|inspect|gpu|readme`: the main job, the operations, machine code, all on a GPU."""
+"""`python -m benchmarks demo|run|inspect|gpu|readme`: the main job, suites of operations, machine code, GPU."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -36,17 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     demo_options.add_arguments(demo)
     demo.set_defaults(run=_demo)
 
-    ops = commands.add_parser("ops", help="time attention, LayerNorm, GELU, host cost and import")
-    ops.add_argument("parts", nargs="*", metavar="PART", help="of attention layer_norm gelu host import")
-    ops.add_argument("--out", metavar="DIR", help="results folder (default: a new one in ops-results)")
-    ops.add_argument("--device", help="cpu or cuda; the GPU where there is one otherwise")
-    ops.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds (default 20)")
-    ops.add_argument(
-        "--cases", nargs="+", default=[], metavar="TEXT", help="only cases with this in their name"
-    )
-    ops.add_argument("--providers", nargs="+", default=[], metavar="TEXT", help="only providers so named")
-    ops.add_argument("--commit", help="recorded where the checkout has no git history")
-    ops.set_defaults(run=_ops)
+    from benchmarks import run_options
+
+    run = commands.add_parser("run", help="time suites of operations with every provider, and write a report")
+    run_options.add_arguments(run)
+    run.set_defaults(run=_run)
 
     from benchmarks.inspection import command as inspection
 
@@ -63,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "gpu", help="on a GPU: the tests marked gpu, then the benchmarks, into a folder"
     )
     gpu.add_argument("--out", required=True, metavar="DIR", help="results folder")
-    gpu.add_argument("--parts", nargs="+", choices=("tests", "ops", "demo"), default=["tests", "ops", "demo"])
+    gpu.add_argument("--parts", nargs="+", choices=("tests", "run", "demo"), default=["tests", "run", "demo"])
     gpu.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds (default 20)")
     gpu.add_argument("--commit", help="recorded where the checkout has no git history")
     gpu.set_defaults(run=_gpu)
@@ -89,47 +82,20 @@ def _demo(chosen: argparse.Namespace) -> int:
     return 0 if any(row["status"] == "ok" for row in rows) else 1
 
 
-def _ops(chosen: argparse.Namespace) -> int:
-    import torch
-
-    from benchmarks.ops import PARTS, OpsOptions, run_ops
-    from benchmarks.report import FolderError, make_console, results_folder
+def _run(chosen: argparse.Namespace) -> int:
+    from benchmarks.report import FolderError, make_console
+    from benchmarks.run import run_suites
+    from benchmarks.run_options import RunError, make_options
     from fastattn import dispatch
 
     if dispatch.INTERPRETING:
         return _refuse("TRITON_INTERPRET is set, and the interpreter's time says nothing: unset it")
-    unknown = [part for part in chosen.parts if part not in PARTS]
-    if unknown:
-        return _refuse(f"part {unknown[0]!r} is unknown; there are {', '.join(PARTS)}")
-    if chosen.rounds < 1:
-        return _refuse(f"--rounds {chosen.rounds} must be at least 1")
-    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        return _refuse(f"--device {device} must be cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        return _refuse(f"--device {device}: PyTorch finds no GPU here")
-    out = chosen.out or os.path.join("ops-results", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
-    try:
-        folder = results_folder(Path(out))
-    except FolderError as error:
+        options = make_options(chosen)
+    except (RunError, FolderError) as error:
         return _refuse(str(error))
-    options = OpsOptions(
-        folder,
-        torch.device(device),
-        tuple(chosen.parts) or PARTS,
-        chosen.rounds,
-        tuple(chosen.cases),
-        tuple(chosen.providers),
-        chosen.commit,
-    )
-    rows = run_ops(options, make_console(), _say)
-    print(folder)
-    if not rows:
-        return _refuse("nothing was measured: no case and provider has a name that was asked for")
+    rows = run_suites(options, make_console(), _say)
+    print(options.out)
     return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
 
 

@@ -1,20 +1,62 @@
-"""What is measured: frozen shapes for each operation, one set for a CPU and one for a GPU.
+"""What can be measured: a frozen shape of an operation, its inputs, and the formula that results are held against.
 
 A case knows its name (for tables and test ids) and makes its own inputs, so that every provider gets the same
-values in the same layout.
+values in the same layout. benchmarks/suites.py says which cases are measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import reference
+from fastattn.models.blocks import Block
+from fastattn.models.config import BlockConfig
 from fastattn.testing import make_tensor
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+# Results are compared on this many leading rows: enough to see an error, little enough to move to the host.
+_CHECKED_ROWS = 256
+
+
+class Case(Protocol):
+    """What `benchmarks.measure` needs of a case."""
+
+    operation: ClassVar[str]
+
+    @property
+    def name(self) -> str: ...
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """The tensors that every provider is called with, with gradients required where there are any."""
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        """The operation by its formula, in the dtype of the tensors."""
+
+    def part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is compared of (output, *gradients): little, and telling."""
+
+    def sample(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of (output's gradient, *inputs), what that part can be computed from."""
+
+
+def shape_of(case: Any) -> dict[str, Any]:
+    """A case's fields, for a row: numbers and strings."""
+    return {name: DTYPE_NAMES.get(value, value) for name, value in asdict(case).items()}
+
+
+def _leading_rows(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t[:_CHECKED_ROWS] if t.dim() > 1 else t for t in results)
+
+
+def _everything(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return given
 
 
 @dataclass(frozen=True)
@@ -30,7 +72,7 @@ class AttentionCase:
     causal: str | bool = False
     dtype: torch.dtype = torch.float32
 
-    operation = "attention"
+    operation: ClassVar[str] = "attention"
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
@@ -55,6 +97,18 @@ class AttentionCase:
             for seed, (h, s) in enumerate(sizes)
         )
 
+    def reference(self, *tensors: Tensor) -> Tensor:
+        out = reference.attention(*tensors, causal=self.causal)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One key head of one sequence with its queries: heads are independent."""
+        _, heads, kv_heads, *_ = self.shape
+        counts = (heads // kv_heads,) * 2 + (1, 1)
+        return tuple(t[:1, :count] for t, count in zip(results, counts, strict=False))
+
+    sample = part
+
 
 @dataclass(frozen=True)
 class LayerNormCase:
@@ -65,7 +119,7 @@ class LayerNormCase:
     affine: bool = True
     dtype: torch.dtype = torch.float32
 
-    operation = "layer_norm"
+    operation: ClassVar[str] = "layer_norm"
 
     @property
     def name(self) -> str:
@@ -78,6 +132,13 @@ class LayerNormCase:
             for seed, shape in enumerate(shapes)
         )
 
+    def reference(self, *tensors: Tensor) -> Tensor:
+        weight, bias = tensors[1:] or (None, None)
+        return reference.layer_norm(tensors[0], self.width, weight, bias)
+
+    part = staticmethod(_leading_rows)
+    sample = staticmethod(_everything)
+
 
 @dataclass(frozen=True)
 class GeluCase:
@@ -88,7 +149,7 @@ class GeluCase:
     approximate: str = "none"
     dtype: torch.dtype = torch.float32
 
-    operation = "gelu"
+    operation: ClassVar[str] = "gelu"
 
     @property
     def name(self) -> str:
@@ -97,6 +158,129 @@ class GeluCase:
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         return (make_tensor(self.rows, self.width, dtype=self.dtype, device=device, requires_grad=True),)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        (x,) = tensors
+        return reference.gelu(x, self.approximate)
+
+    part = staticmethod(_leading_rows)
+    sample = staticmethod(_everything)
+
+
+@dataclass(frozen=True)
+class MlpCase:
+    """gelu(x W1^T + b1) W2^T + b2 of x (rows, width), with W1 (hidden, width)."""
+
+    rows: int
+    width: int
+    hidden: int
+    approximate: str = "tanh"
+    dtype: torch.dtype = torch.float32
+
+    operation: ClassVar[str] = "mlp"
+
+    @property
+    def name(self) -> str:
+        form = "erf" if self.approximate == "none" else self.approximate
+        return f"{DTYPE_NAMES[self.dtype]}-{form}-{self.rows}x{self.width}x{self.hidden}"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        width, hidden = self.width, self.hidden
+        x, *parameters = (
+            make_tensor(*shape, dtype=self.dtype, device=device, seed=seed)
+            for seed, shape in enumerate(
+                ((self.rows, width), (hidden, width), (hidden,), (width, hidden), (width,))
+            )
+        )
+        # As after initialization: products keep the size of what they are made from.
+        scales = (width**-0.5, 1.0, hidden**-0.5, 1.0)
+        scaled = (p * scale for p, scale in zip(parameters, scales, strict=True))
+        return tuple(t.requires_grad_() for t in (x, *scaled))
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        x, w1, b1, w2, b2 = tensors
+        return F.linear(reference.gelu(F.linear(x, w1, b1), self.approximate), w2, b2)
+
+    part = staticmethod(_leading_rows)
+    sample = staticmethod(_everything)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """Mean cross-entropy of logits (rows, vocabulary); a tenth of the targets is ignored."""
+
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+
+    operation: ClassVar[str] = "loss"
+
+    @property
+    def name(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.vocabulary}"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        return (make_tensor(self.rows, self.vocabulary, dtype=self.dtype, device=device, requires_grad=True),)
+
+    def targets(self, device: torch.device | str) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        targets = torch.randint(self.vocabulary, (self.rows,), generator=generator)
+        targets[::10] = -100
+        return targets.to(device)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        """In float32 or wider, as PyTorch's own; the mean of lse - logit of the target."""
+        (logits,) = tensors
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = self.targets(logits.device)
+        kept = targets != -100
+        chosen = wide.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return ((torch.logsumexp(wide, 1) - chosen) * kept).sum().div(kept.sum()).to(logits.dtype)
+
+    part = staticmethod(_leading_rows)
+    sample = staticmethod(_everything)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """One pre-norm Transformer block, causal, on (batch, seq_len, width); its parameters are inputs."""
+
+    batch: int
+    seq_len: int
+    width: int
+    heads: int
+    dtype: torch.dtype = torch.float32
+
+    operation: ClassVar[str] = "block"
+
+    @property
+    def name(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}-b{self.batch}-s{self.seq_len}-w{self.width}-h{self.heads}"
+
+    def block(self, implementation: str, device: torch.device | str) -> Block:
+        """The same weights for every implementation."""
+        torch.manual_seed(0)
+        config = BlockConfig(d_model=self.width, n_heads=self.heads, implementation=implementation)
+        return Block(config, causal=True).to(device, self.dtype)
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        x = make_tensor(
+            self.batch, self.seq_len, self.width, dtype=self.dtype, device=device, requires_grad=True
+        )
+        return (x, *self.block("naive", device).parameters())
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        return call_block(self.block("naive", "meta"), *tensors)
+
+    part = staticmethod(_leading_rows)
+    sample = staticmethod(_everything)
+
+
+def call_block(block: Block, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The block with these parameters in the place of its own."""
+    names = (name for name, _ in block.named_parameters())
+    out: Tensor = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
+    return out
 
 
 @dataclass(frozen=True)
@@ -110,59 +294,11 @@ class GptCase:
     batch: int
     seq_len: int
 
-    operation = "gpt"
+    operation: ClassVar[str] = "gpt"
 
     @property
     def name(self) -> str:
         return f"L{self.layers}-w{self.width}-h{self.heads}-v{self.vocabulary}-b{self.batch}-s{self.seq_len}"
 
 
-OpCase = AttentionCase | LayerNormCase | GeluCase
-
-# Small enough that every provider, forward and backward, fits in a few minutes on two cores; odd sizes and
-# grouped heads stay in. 1,024 tokens is where naive attention's quadratic memory begins to show.
-ATTENTION_CPU = (
-    AttentionCase(1, 4, 256, 64),
-    AttentionCase(1, 4, 1024, 64, causal="top_left"),
-    AttentionCase(2, 8, 127, 64, kv_heads=2, seq_k=333, causal="bottom_right"),
-)
-LAYER_NORM_CPU = (LayerNormCase(1024, 256), LayerNormCase(333, 8192))
-GELU_CPU = (GeluCase(1024, 1024), GeluCase(1024, 4096), GeluCase(1024, 4096, approximate="tanh"))
-GPT_CPU = (GptCase(layers=2, width=128, heads=4, vocabulary=256, batch=1, seq_len=512),)
-
-# About 16k tokens a case, as in training; the longest sequence is where memory decides.
-_BF16 = torch.bfloat16
-ATTENTION_GPU = (
-    *(AttentionCase(16384 // s, 16, s, 64, causal="top_left", dtype=_BF16) for s in (1024, 4096, 16384)),
-    *(AttentionCase(16384 // s, 16, s, 128, causal="top_left", dtype=_BF16) for s in (1024, 4096, 16384)),
-    AttentionCase(4, 16, 4096, 64, dtype=_BF16),
-    AttentionCase(4, 16, 4096, 128, dtype=_BF16),
-    AttentionCase(4, 32, 4096, 128, kv_heads=8, causal="top_left", dtype=_BF16),
-    AttentionCase(4, 16, 1024, 128, seq_k=4096, causal="bottom_right", dtype=_BF16),
-    AttentionCase(4, 16, 4096, 96, causal="top_left", dtype=_BF16),
-    AttentionCase(4, 16, 4096, 64, causal="top_left", dtype=torch.float16),
-)
-LAYER_NORM_GPU = (
-    LayerNormCase(16384, 768, dtype=_BF16),
-    LayerNormCase(16384, 4096, dtype=_BF16),
-    LayerNormCase(16384, 8192, dtype=_BF16),
-    LayerNormCase(4096, 65536, dtype=_BF16),
-    LayerNormCase(16384, 4096),
-)
-GELU_GPU = (
-    GeluCase(16384, 3072, dtype=_BF16),
-    GeluCase(16384, 16384, dtype=_BF16),
-    GeluCase(16384, 16384, approximate="tanh", dtype=_BF16),
-)
-GPT_GPU = (GptCase(layers=12, width=768, heads=12, vocabulary=50304, batch=8, seq_len=1024),)
-
-
-def operation_cases(operation: str, device: torch.device | str) -> tuple[OpCase, ...]:
-    """The cases of "attention", "layer_norm" or "gelu" sized for the device."""
-    on_gpu = torch.device(device).type == "cuda"
-    cases: dict[str, tuple[OpCase, ...]] = {
-        "attention": ATTENTION_GPU if on_gpu else ATTENTION_CPU,
-        "layer_norm": LAYER_NORM_GPU if on_gpu else LAYER_NORM_CPU,
-        "gelu": GELU_GPU if on_gpu else GELU_CPU,
-    }
-    return cases[operation]
+OpCase = AttentionCase | LayerNormCase | GeluCase | MlpCase | LossCase | BlockCase

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import OpCase, operation_cases
+from benchmarks.cases import OpCase
 from benchmarks.costs import operation_cost
 from benchmarks.environment import environment
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare, release
 from benchmarks.memory import peak_memory
 from benchmarks.providers import PROVIDERS, Absent
+from benchmarks.suites import operation_cases
 from benchmarks.timing import CudaTimer, summarize, synchronize
 
 _ROUNDS = 7

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cases import AttentionCase, GeluCase, GptCase, LayerNormCase, OpCase
+from benchmarks.cases import (
+    AttentionCase,
+    BlockCase,
+    GeluCase,
+    GptCase,
+    LayerNormCase,
+    LossCase,
+    MlpCase,
+    OpCase,
+)
 
 _FLOAT32 = 4
 
@@ -92,6 +101,54 @@ def gelu_backward(case: GeluCase) -> Cost:
     return Cost((11 if case.approximate == "none" else 18) * elements, 3 * elements * case.dtype.itemsize)
 
 
+def mlp_forward(case: MlpCase) -> Cost:
+    """Two matrix products; bytes of x, the parameters and y, as if the hidden values stayed on the chip."""
+    products = 2 * case.rows * case.width * case.hidden
+    parameters = 2 * case.width * case.hidden + case.hidden + case.width
+    return Cost(2 * products, (2 * case.rows * case.width + parameters) * case.dtype.itemsize)
+
+
+def mlp_backward(case: MlpCase) -> Cost:
+    """Four matrix products. Reads x, dy and the parameters; writes the gradient of each of x and the parameters."""
+    forward = mlp_forward(case)
+    return Cost(2 * forward.flops, 2 * forward.bytes - case.rows * case.width * case.dtype.itemsize)
+
+
+def loss_forward(case: LossCase) -> Cost:
+    """The largest logit, a difference, an exponential and a sum: 4 operations a logit, each read once."""
+    logits = case.rows * case.vocabulary
+    return Cost(4 * logits, logits * case.dtype.itemsize)
+
+
+def loss_backward(case: LossCase) -> Cost:
+    """A difference, an exponential and a product a logit; reads each and writes its gradient."""
+    logits = case.rows * case.vocabulary
+    return Cost(3 * logits, 2 * logits * case.dtype.itemsize)
+
+
+def block_forward(case: BlockCase) -> Cost:
+    """Matrix products: 12 width^2 weights a token and two products a head; bytes of x, the weights and y."""
+    tokens, weights = case.batch * case.seq_len, 12 * case.width**2
+    pairs = case.batch * attention_pairs(case.seq_len, case.seq_len, "top_left")
+    flops = 2 * tokens * weights + 4 * pairs * case.width
+    return Cost(flops, (2 * tokens * case.width + weights) * case.dtype.itemsize)
+
+
+def block_backward(case: BlockCase) -> Cost:
+    """Twice the forward's products of weights, 2.5 times those of attention; bytes of both, and of the gradients."""
+    forward = block_forward(case)
+    attention = 4 * case.batch * attention_pairs(case.seq_len, case.seq_len, "top_left") * case.width
+    return Cost(2 * forward.flops + attention // 2, 2 * forward.bytes)
+
+
+_FORWARD_AND_BACKWARD = {
+    "gelu": (gelu_forward, gelu_backward),
+    "mlp": (mlp_forward, mlp_backward),
+    "loss": (loss_forward, loss_backward),
+    "block": (block_forward, block_backward),
+}
+
+
 def operation_cost(case: OpCase, direction: str) -> Cost:
     """Cost of a case, "forward" (nothing saved) or "forward+backward"."""
     backward = direction == "forward+backward"
@@ -101,8 +158,9 @@ def operation_cost(case: OpCase, direction: str) -> Cost:
     if isinstance(case, LayerNormCase):
         cost = layer_norm_forward(case, save_statistics=backward)
         return cost + layer_norm_backward(case) if backward else cost
-    cost = gelu_forward(case)
-    return cost + gelu_backward(case) if backward else cost
+    forward_cost, backward_cost = _FORWARD_AND_BACKWARD[case.operation]
+    cost = forward_cost(case)  # type: ignore[operator]
+    return cost + backward_cost(case) if backward else cost  # type: ignore[operator]
 
 
 def gpt_forward_flops(case: GptCase, causal: bool | str = "top_left") -> int:

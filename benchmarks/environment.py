@@ -42,7 +42,7 @@ def environment(device: torch.device | str, commit: str | None = None) -> dict[s
 
 def row_environment(described: dict[str, Any]) -> dict[str, Any]:
     """The part of an environment that is written into every row."""
-    keys = ("date", "device", "driver", "clock_mhz", "torch", "triton", "commit", "dirty", "threads")
+    keys = ("date", "device", "driver", "torch", "triton", "commit", "dirty", "threads")
     return {key: described[key] for key in keys if key in described}
 
 
@@ -68,16 +68,23 @@ def version_of(distribution: str) -> str | None:
 
 def _cuda(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    driver, clock, memory_clock = _nvidia_smi("driver_version", "clocks.sm", "clocks.mem")
+    (driver,) = _nvidia_smi("driver_version")
     return {
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda or torch.version.hip,
         "driver": driver,
-        "clock_mhz": clock,
-        "memory_clock_mhz": memory_clock,
+        "clocks_before": clocks(device),
     }
+
+
+def clocks(device: torch.device | str) -> dict[str, str | None]:
+    """MHz of the multiprocessors and of the memory now; nothing on a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return {}
+    return dict(zip(("clock_mhz", "memory_clock_mhz"), _nvidia_smi("clocks.sm", "clocks.mem"), strict=True))
 
 
 def _nvidia_smi(*fields: str) -> list[str | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import re
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,19 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import AttentionCase, LayerNormCase, OpCase
+from benchmarks.cases import OpCase, shape_of
 from benchmarks.costs import operation_cost
 from benchmarks.memory import peak_memory
 from benchmarks.providers import BASELINES, PROVIDERS, Absent, Function
 from benchmarks.timing import Timer, interleave, make_timer, summarize, synchronize, time_ratio
-from fastattn import NotSupported, reference
+from fastattn import NotSupported
 from fastattn.testing import assert_accurate, make_tensor
 
 Row = dict[str, Any]
 
 DIRECTIONS = ("forward", "forward+backward")
-# Results are compared on this many leading rows: enough to see an error, little enough to move to the host.
-_CHECKED_ROWS = 256
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Inputs:
 
     def __post_init__(self) -> None:
         self.tensors = self.case.inputs(self.device)
-        first = self.tensors[0]
-        self.grad_output = make_tensor(*first.shape, dtype=first.dtype, device=self.device, seed=9)
-        grad, *tensors = self.grad_output, *(t.detach() for t in self.tensors)
-        if isinstance(self.case, AttentionCase):  # heads are independent, so the part needs only itself
-            grad, *tensors = self._part((grad, *tensors))
-        self._truth = self._part(_run_both(self._reference, [t.double() for t in tensors], grad.double()))
-        self._peer = self._part(_run_both(self._reference, tensors, grad))
+        with torch.no_grad():
+            out = self.case.reference(*(torch.empty_like(t, device="meta") for t in self.tensors))
+        self.grad_output = make_tensor(*out.shape, dtype=out.dtype, device=self.device, seed=9)
+        grad, *tensors = self.case.sample((self.grad_output, *(t.detach() for t in self.tensors)))
+        reference, part = self.case.reference, self.case.part
+        self._truth = part(_run_both(reference, [t.double() for t in tensors], grad.double()))
+        self._peer = part(_run_both(reference, tensors, grad))
 
     def call(self, function: Function, direction: str) -> Callable[[], tuple[Tensor, ...]]:
         """The function on these inputs, without a graph, or with the gradients of every input."""
@@ -64,33 +64,13 @@ class Inputs:
 
     def check(self, function: Function, direction: str) -> None:
         """Asserts that the result, and the gradients where asked for, are as exact as the naive formula's."""
-        results = self._part(self.call(function, direction)())
+        results = self.case.part(self.call(function, direction)())
         names = ("output", *(f"gradient {index}" for index in range(len(self.tensors))))
+        rows = math.prod(self.tensors[0].shape[:-1])
         for name, actual, peer, truth in zip(names, results, self._peer, self._truth, strict=False):
             # A parameter's gradient is a sum over all rows, and its rounding grows with their root.
-            rows = 1 if actual.dim() > 1 else self.tensors[0].size(0)
-            assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows))
-
-    def _reference(self, *tensors: Tensor) -> Tensor:
-        case = self.case
-        if isinstance(case, AttentionCase):
-            out = reference.attention(*tensors, causal=case.causal)
-            return out if isinstance(out, Tensor) else out[0]
-        if isinstance(case, LayerNormCase):
-            weight, bias = tensors[1:] or (None, None)
-            return reference.layer_norm(tensors[0], case.width, weight, bias)
-        return reference.gelu(tensors[0], case.approximate)
-
-    def _part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What is compared: one key head of one sequence (heads are independent), or some leading rows.
-
-        `results` are the output and then, where there are any, the gradients.
-        """
-        if isinstance(self.case, AttentionCase):
-            _, heads, kv_heads, *_ = self.case.shape
-            counts = (heads // kv_heads,) * 2 + (1, 1)
-            return tuple(t[:1, :count] for t, count in zip(results, counts, strict=False))
-        return tuple(t[:_CHECKED_ROWS] if t.dim() > 1 else t for t in results)
+            of_parameter = 1 <= actual.dim() <= 2 and name not in ("output", "gradient 0")
+            assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows) if of_parameter else 1.0)
 
 
 class Failed(Exception):
@@ -163,6 +143,7 @@ def measure_case(
             rows[name] = {
                 "operation": case.operation,
                 "case": case.name,
+                "shape": shape_of(case),
                 "direction": direction,
                 "provider": name,
                 "status": "ok",
@@ -175,24 +156,23 @@ def measure_case(
                 rows[name] |= {"status": failure.status, "reason": failure.reason}
         samples = interleave(calls, timer, rounds)
         for name, call in calls.items():
-            rows[name] |= figures(case, direction, name, samples)
+            rows[name] |= figures(name, samples)
+            rows[name] |= rates(case, direction, rows[name]["median_ms"])
+            rows[name]["host_us"] = host_time(call, device)
             rows[name]["peak_mib"] = peak_memory(call, device) / 2**20
         yield from rows.values()
     del inputs
     release(device)
 
 
-def figures(case: OpCase, direction: str, name: str, samples: dict[str, list[float]]) -> Row:
-    """Time, spread, rates and the ratio to each baseline."""
+def figures(name: str, samples: dict[str, list[float]]) -> Row:
+    """Median, quartiles and the ratio to each baseline that was timed in the same rounds."""
     summary = summarize(samples[name])
-    cost = operation_cost(case, direction)
     row: Row = {
         "median_ms": summary.median,
         "low_ms": summary.low,
         "high_ms": summary.high,
         "rounds": summary.count,
-        "tflops": cost.tflops(summary.median),
-        "gbytes_per_s": cost.gbytes(summary.median),
     }
     for baseline in BASELINES:
         if baseline in samples:
@@ -205,26 +185,24 @@ def figures(case: OpCase, direction: str, name: str, samples: dict[str, list[flo
     return row
 
 
-def measure_copy(device: torch.device, rounds: int, timer: Timer | None = None) -> Row:
-    """The rate of a large copy on the device: the ceiling of LayerNorm and GELU."""
-    size = (1 << 30) if device.type == "cuda" else (64 << 20)
-    source = torch.ones(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    timer = timer or make_timer(device)
-    samples = interleave({"copy": lambda: target.copy_(source)}, timer, rounds)["copy"]
-    summary = summarize(samples)
-    return {
-        "operation": "copy",
-        "case": f"{size >> 20}MiB",
-        "direction": "forward",
-        "provider": "torch",
-        "status": "ok",
-        "median_ms": summary.median,
-        "low_ms": summary.low,
-        "high_ms": summary.high,
-        "rounds": summary.count,
-        "gbytes_per_s": 2 * size / summary.median / 1e6,
-    }
+def rates(case: OpCase, direction: str, milliseconds: float) -> Row:
+    """TFLOP/s and GB/s by the operation's formulas."""
+    cost = operation_cost(case, direction)
+    return {"tflops": cost.tflops(milliseconds), "gbytes_per_s": cost.gbytes(milliseconds)}
+
+
+def host_time(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float | None:
+    """Microseconds until a call returns to the host with its work queued; None where the host does the work."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    synchronize(device)
+    return statistics.median(times)
 
 
 def release(device: torch.device) -> None:

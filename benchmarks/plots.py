@@ -15,8 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.measure import DIRECTIONS, Row
-
 # Okabe and Ito's palette; a compiled variant is the lighter neighbour of its eager colour, and dashed.
 COLOURS = {
     "naive": "#000000",
@@ -57,55 +55,6 @@ STYLE = {
 
 def colour(name: str) -> str:
     return COLOURS.get(name, _OTHER)
-
-
-def operation_plot(operation: str, rows: Sequence[Row], described: dict[str, Any], path: Path) -> bool:
-    """Time of every provider: a panel for each case and direction. False where there is nothing to draw."""
-    done = [r for r in rows if r["operation"] == operation and r["status"] == "ok"]
-    cases = list(dict.fromkeys(r["case"] for r in done))
-    if not cases:
-        return False
-    names = list(dict.fromkeys(r["provider"] for r in done))[::-1]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            len(cases),
-            len(DIRECTIONS),
-            figsize=(11, 0.9 + len(cases) * (0.65 + 0.26 * len(names))),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
-        )
-        for line, case in zip(axes, cases, strict=True):
-            for axis, direction in zip(line, DIRECTIONS, strict=True):
-                chosen = [r for r in done if r["case"] == case and r["direction"] == direction]
-                _times(axis, chosen, names)
-                axis.set_title(f"{case}, {direction}")
-        for axis in axes[-1]:
-            axis.set_xlabel("ms a call, log scale; bar: quartiles")
-        figure.suptitle(f"{operation}: {device_line(described)}", x=0.01, ha="left", fontsize=11)
-        save(figure, path)
-    return True
-
-
-def _times(axis: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    axis.set_xscale("log")
-    for row in rows:
-        y, x = names.index(row["provider"]), row["median_ms"]
-        error = [[max(0.0, x - row["low_ms"])], [max(0.0, row["high_ms"] - x)]]
-        shape = MARKERS.get(row["provider"], "o")
-        axis.errorbar(x, y, xerr=error, fmt=shape, ms=6, capsize=3, color=colour(row["provider"]))
-        axis.annotate(
-            f"{x:.3g}",
-            (row["high_ms"], y),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.margins(x=0.18)
-    plain_log_axis(axis, "x")
 
 
 def plain_log_axis(axis: Axes, which: str) -> None:

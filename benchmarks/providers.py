@@ -21,14 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
-from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase
+from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase, call_block
 from fastattn import dispatch, reference
 
 Function = Callable[..., Tensor]
 Provider = Callable[[Any, torch.device], Function]
 
 # operation -> name -> provider, in the order of the tables
-PROVIDERS: dict[str, dict[str, Provider]] = {"attention": {}, "layer_norm": {}, "gelu": {}}
+PROVIDERS: dict[str, dict[str, Provider]] = {
+    operation: {} for operation in ("attention", "layer_norm", "gelu", "mlp", "loss", "block")
+}
 BASELINES = ("naive", "torch")
 _COMPILED_LENGTH = 1024
 
@@ -189,6 +191,82 @@ def _gelu_ours(implementation: str | None) -> Provider:
 provider("gelu", "fastattn")(_gelu_ours(None))
 provider("gelu", "fastattn-triton")(_gelu_ours("triton"))
 provider("gelu", "fastattn-torch")(_gelu_ours("torch"))
+
+
+def _mlp(gelu: Callable[[Tensor, str], Tensor]) -> Provider:
+    def provide(case: MlpCase, device: torch.device) -> Function:
+        return lambda x, w1, b1, w2, b2: F.linear(gelu(F.linear(x, w1, b1), case.approximate), w2, b2)
+
+    return provide
+
+
+provider("mlp", "naive")(_mlp(reference.gelu))
+provider("mlp", "torch")(_mlp(lambda x, approximate: F.gelu(x, approximate=approximate)))
+
+
+@provider("mlp", "torch-compile")
+def mlp_compile(case: MlpCase, device: torch.device) -> Function:
+    return _compiled(PROVIDERS["mlp"]["torch"](case, device), device)
+
+
+@provider("mlp", "fastattn")
+def mlp_ours(case: MlpCase, device: torch.device) -> Function:
+    """PyTorch's products around our GELU; they are not fused yet."""
+    _refuse_interpreter(device)
+    return _mlp(fastattn.gelu)(case, device)
+
+
+@provider("loss", "naive")
+def loss_naive(case: LossCase, device: torch.device) -> Function:
+    targets = case.targets(device)
+
+    def naive(logits: Tensor) -> Tensor:
+        chosen = (
+            torch.log_softmax(logits.float(), dim=1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+        )
+        kept = targets != -100
+        return (-(chosen * kept).sum() / kept.sum()).to(logits.dtype)
+
+    return naive
+
+
+@provider("loss", "torch")
+def loss_torch(case: LossCase, device: torch.device) -> Function:
+    targets = case.targets(device)
+    return lambda logits: F.cross_entropy(logits, targets)
+
+
+@provider("loss", "torch-compile")
+def loss_compile(case: LossCase, device: torch.device) -> Function:
+    return _compiled(loss_naive(case, device), device)
+
+
+@provider("loss", "fastattn")
+def loss_ours(case: LossCase, device: torch.device) -> Function:
+    raise Absent("fastattn has no fused cross-entropy yet")
+
+
+def _block(implementation: str, compiles: bool = False) -> Provider:
+    def provide(case: BlockCase, device: torch.device) -> Function:
+        if implementation == "fastattn":
+            _refuse_interpreter(device)
+        block = case.block(implementation, device)
+        if compiles:
+            torch._dynamo.reset()
+            block.compile(dynamic=False)
+        return lambda x, *parameters: call_block(block, x, *parameters)
+
+    return provide
+
+
+for _name, _implementation, _compiles in (
+    ("naive", "naive", False),
+    ("torch", "torch", False),
+    ("torch-compile", "torch", True),
+    ("fastattn", "fastattn", False),
+    ("fastattn-compile", "fastattn", True),
+):
+    provider("block", _name)(_block(_implementation, _compiles))
 
 
 def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ def demo_figures(results: Path) -> str:
 
 def host_figures(results: Path) -> str:
     """What an eager call and the import cost on the host."""
-    content, folder = _read(results, "host", "ops.json")
+    content, folder = _read(results, "host", "results.json")
     rows = content["rows"]
     calls = [
         f"| `{row['case'].partition(',')[0]}` | {row['above_torch_us']:.1f} "

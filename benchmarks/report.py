@@ -53,6 +53,12 @@ class RowWriter:
         self.rows.append(complete)
         return complete
 
+    def keep(self, row: Row) -> None:
+        """Writes a row of an earlier run as it was."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a file of JSON lines; a last line cut short by an interruption is left out."""

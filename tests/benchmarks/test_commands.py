@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks import demo, ops
+from benchmarks import demo
+from benchmarks import run as run_module
 from benchmarks.demo_options import DemoOptions
 from fastattn import dispatch
 
@@ -20,7 +21,7 @@ def refused(monkeypatch, capfd):
         raise AssertionError("work began before the arguments were checked")
 
     monkeypatch.setattr(demo.Demo, "run", started)
-    monkeypatch.setattr(ops, "run_ops", started)
+    monkeypatch.setattr(run_module, "run_suites", started)
 
     def run(*arguments):
         try:
@@ -85,7 +86,7 @@ def test_an_empty_folder_as_data(refused, tmp_path):
 
 
 @pytest.mark.usefixtures("no_interpreter")
-@pytest.mark.parametrize("command", ("demo", "ops"))
+@pytest.mark.parametrize("command", ("demo", "run"))
 def test_folder_that_cannot_be_written(command, refused, text):
     data = ("--data", text, "--seq-len", 16) if command == "demo" else ()
     line = one_line(refused(command, *data, "--out", text / "sub"))
@@ -113,21 +114,33 @@ def test_unknown_implementation_lists_the_known(refused):
     assert "fastattn-compile" in line
 
 
-def test_ops_under_the_interpreter(refused, monkeypatch):
+def test_run_under_the_interpreter(refused, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETING", True)
-    assert one_line(refused("ops")).startswith("TRITON_INTERPRET is set")
+    assert one_line(refused("run")).startswith("TRITON_INTERPRET is set")
 
 
 @pytest.mark.usefixtures("no_interpreter")
-def test_unknown_part_lists_the_known(refused):
-    line = one_line(refused("ops", "matmul"))
-    assert line == "part 'matmul' is unknown; there are attention, layer_norm, gelu, host, import"
-
-
-@pytest.mark.usefixtures("no_interpreter")
-def test_ops_options_out_of_range(refused):
-    assert one_line(refused("ops", "--rounds", 0)) == "--rounds 0 must be at least 1"
-    assert one_line(refused("ops", "--device", "tpu")) == "--device tpu must be cpu or cuda"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (
+            "--suite matmul",
+            "suite 'matmul' is unknown; there are attention, norm, mlp, loss, block, decode, train, ",
+        ),
+        ("--providers typo", "no provider has 'typo' in its name; there are fastattn, "),
+        ("--suite mlp --cases typo", "no case has 'typo' in its name; there are fp32-erf-1024x4096, "),
+        ("--rounds 0", "--rounds 0 must be at least 1"),
+        ("--device tpu", "--device tpu must be cpu or cuda"),
+        ("--device cpu:foo", "--device cpu:foo must be cpu or cuda"),
+        ("--device cuda", "--device cuda: PyTorch finds no GPU here"),
+        ("--with none.py", "--with none.py: there is no such Python file"),
+        ("--compare none.json", "--compare none.json: "),
+    ),
+)
+def test_run_lists_what_is_known(arguments, message, refused, tmp_path):
+    line = one_line(refused("run", *arguments.split(), "--out", tmp_path / "out"))
+    assert line.startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bpe_without_its_package(refused, monkeypatch, text):
@@ -144,7 +157,7 @@ def test_plotting_without_its_package(refused, monkeypatch):
     monkeypatch.setattr(
         commands.importlib.util, "find_spec", lambda name: None if name == "rich" else find(name)
     )
-    assert one_line(refused("ops")) == "the benchmarks need rich: pip install rich"
+    assert one_line(refused("run")) == "the benchmarks need rich: pip install rich"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -153,7 +166,7 @@ def test_gpu_without_a_gpu(refused, tmp_path):
     line = one_line(refused("gpu", "--out", tmp_path / "out"))
     assert line.startswith("PyTorch finds no GPU here")
     assert not (tmp_path / "out").exists()
-    line = one_line(refused("ops", "--device", "cuda"))
+    line = one_line(refused("run", "--device", "cuda"))
     assert line == "--device cuda: PyTorch finds no GPU here"
     assert one_line(refused("demo", "--device", "cuda")) == line
 

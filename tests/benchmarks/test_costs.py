@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import costs
-from benchmarks.cases import AttentionCase, GeluCase, GptCase, LayerNormCase
+from benchmarks.cases import AttentionCase, BlockCase, GeluCase, GptCase, LayerNormCase, LossCase, MlpCase
 from fastattn import reference
 from fastattn.models import GPT, TransformerConfig
 
@@ -224,3 +224,45 @@ def test_operation_cost_adds_what_backward_needs():
     assert costs.operation_cost(norm, both) == expected
     assert costs.operation_cost(gelu, both) == costs.gelu_forward(gelu) + costs.gelu_backward(gelu)
     assert costs.operation_cost(gelu, "forward") == costs.gelu_forward(gelu)
+
+
+def counted_flops(case, direction: str) -> int:
+    """Matrix products that PyTorch counts in the formula."""
+    inputs = case.inputs()
+    with FlopCounterMode(display=False) as counter:
+        out = case.reference(*inputs)
+        if direction == "forward+backward":
+            out.backward(torch.ones_like(out))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("direction", ("forward", "forward+backward"))
+def test_mlp_flops_are_those_of_its_products(direction):
+    case = MlpCase(5, 8, 12)
+    assert costs.operation_cost(case, direction).flops == counted_flops(case, direction)
+
+
+def test_mlp_bytes_are_those_of_its_tensors():
+    case = MlpCase(5, 8, 12, dtype=torch.bfloat16)
+    x, *parameters = (t.nbytes for t in case.inputs())
+    assert costs.mlp_forward(case).bytes == 2 * x + sum(parameters)
+    assert costs.mlp_backward(case).bytes == 3 * x + 2 * sum(parameters)
+
+
+def test_block_flops_are_those_of_its_products():
+    """PyTorch counts all scores of the formula, the cost those that the causal mask leaves."""
+    case = BlockCase(2, 6, 16, 2)
+    hidden = case.batch * (6 * 6 - 6 * 7 // 2) * case.width
+    assert costs.block_forward(case).flops == counted_flops(case, "forward") - 4 * hidden
+    both = costs.operation_cost(case, "forward+backward").flops
+    # The formula's backward has four products a score: the fifth, the scores again, is the kernels' own.
+    scores = 2 * case.batch * 6 * 7 // 2 * case.width
+    assert both == counted_flops(case, "forward+backward") - 12 * hidden + scores
+
+
+def test_loss_bytes_are_those_of_the_logits():
+    case = LossCase(5, 9, dtype=torch.bfloat16)
+    (logits,) = case.inputs()
+    assert costs.operation_cost(case, "forward").bytes == logits.nbytes
+    assert costs.operation_cost(case, "forward+backward").bytes == 3 * logits.nbytes
+    assert costs.operation_cost(case, "forward+backward").flops == 7 * logits.numel()

@@ -5,12 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import measure, providers
-from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase
+from benchmarks import peers, providers
+from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, figures, measure_case, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
 from fastattn import NotSupported, dispatch
 
+assert peers  # its import registers them
 CPU = torch.device("cpu")
 CASES = (
     AttentionCase(2, 4, 9, 16, kv_heads=2, seq_k=13, causal="bottom_right"),
@@ -19,8 +21,13 @@ CASES = (
     LayerNormCase(300, 8, affine=False),
     GeluCase(3, 17),
     GeluCase(3, 17, "tanh"),
+    MlpCase(5, 8, 12),
+    LossCase(21, 13),
+    BlockCase(2, 9, 16, 2),
 )
-GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "fastattn-triton")
+GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "fastattn-triton", "flex-compile")
+# Packages that are not installed here, and what is not written yet.
+ABSENT = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
 PAIRS = [(case, name) for case in CASES for name in PROVIDERS[case.operation]]
 
 
@@ -49,6 +56,10 @@ def extra_provider():
 def test_provider_agrees_with_the_reference(case, name, direction, no_interpreter, no_code_generation):
     """`prepare` raises AssertionError where it does not."""
     inputs = Inputs(case, CPU)
+    if name in ABSENT or (case.operation, name) == ("loss", "fastattn"):
+        with pytest.raises(Absent, match=r"No module named|needs a GPU|has no fused cross-entropy yet"):
+            prepare(inputs, name, direction)
+        return
     if name in GPU_ONLY:
         with pytest.raises(Absent, match="GPU"):
             prepare(inputs, name, direction)
@@ -57,7 +68,7 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
     assert len(results) == (1 if direction == "forward" else 1 + len(inputs.tensors))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case.name)
 def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
     """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
     monkeypatch.setattr(providers, "_refuse_interpreter", lambda device: None)
@@ -173,14 +184,16 @@ def test_rows_of_a_case(no_interpreter, extra_provider):
 
 
 def test_figures_without_baselines_have_no_ratio():
-    row = figures(GeluCase(3, 17), "forward", "mine", {"mine": [1.0, 2.0, 3.0]})
+    row = figures("mine", {"mine": [1.0, 2.0, 3.0]})
     assert row["median_ms"] == 2.0
     assert not [key for key in row if key.startswith("time_vs")]
 
 
-def test_copy_rate_counts_bytes_read_and_written(monkeypatch):
-    row = measure.measure_copy(CPU, rounds=2, timer=lambda call: 10.0)
-    assert row["gbytes_per_s"] == pytest.approx(2 * 64 * 2**20 / 10 / 1e6)
+def test_ceilings_count_bytes_both_ways_and_two_operations_a_product():
+    copy, product = measure_ceilings(CPU, rounds=2, timer=lambda call: 10.0)
+    assert (copy["case"], product["case"]) == ("copy", "matmul")
+    assert copy["gbytes_per_s"] == pytest.approx(2 * 64 * 2**20 / 10 / 1e6)
+    assert product["tflops"] == pytest.approx(2 * 1024**3 / 10 / 1e9)
 
 
 def test_provider_names_are_checked():

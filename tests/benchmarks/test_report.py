@@ -8,7 +8,6 @@ import subprocess
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from benchmarks import environment as environment_module
@@ -127,16 +126,6 @@ def test_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(report.FolderError, match=r"cannot write results to .*file/sub: Not a directory"):
         report.results_folder(tmp_path / "file" / "sub")
-
-
-def test_plot_is_a_picture_of_every_provider_that_ran(tmp_path):
-    path = tmp_path / "gelu.png"
-    rows = [ROW, ROW | {"provider": "naive", "median_ms": 40.0, "low_ms": 39.0, "high_ms": 41.0}, ABSENT]
-    assert plots.operation_plot("gelu", rows, environment("cpu"), path)
-    with Image.open(path) as picture:
-        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
-    assert not plots.operation_plot("gelu", [ABSENT], environment("cpu"), tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
 def test_colours_of_the_demo_differ():

@@ -1,0 +1,104 @@
+"""Other packages' kernels as providers: absent where they are not installed. Import registers them.
+
+None of them has been run here yet: without a GPU each is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
+from benchmarks.providers import Absent, Function, provider
+
+
+def _import(module: str, device: torch.device) -> Any:
+    """A peer's module; these serve GPUs alone."""
+    found = import_module(module)  # an ImportError is an absence too
+    if device.type != "cuda":
+        raise Absent(f"{module} needs a GPU; the device is {device.type}")
+    return found
+
+
+@provider("attention", "flex-compile")
+def flex_attention(case: AttentionCase, device: torch.device) -> Function:
+    """PyTorch's FlexAttention, compiled, with its block mask made beforehand."""
+    flex = _import("torch.nn.attention.flex_attention", device)
+    _, heads, kv_heads, seq_q, seq_k, _ = case.shape
+    offset = seq_k - seq_q if case.causal == "bottom_right" else 0
+    mask = None
+    if case.causal:
+        mask = flex.create_block_mask(
+            lambda b, h, i, j: j <= i + offset, None, None, seq_q, seq_k, device=device
+        )
+    torch._dynamo.reset()
+    compiled: Function = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=heads != kv_heads)
+
+
+def _flash(module: str) -> Callable[[AttentionCase, torch.device], Function]:
+    """flash-attn's functions: (batch, seq, heads, head_dim), causal at the bottom right."""
+
+    def flash(case: AttentionCase, device: torch.device) -> Function:
+        function = _import(module, device).flash_attn_func
+        if case.causal == "top_left" and case.shape[3] != case.shape[4]:
+            raise Absent("flash-attn aligns a causal mask at the bottom right")
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=bool(case.causal))
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return call
+
+    return flash
+
+
+provider("attention", "flash-attn-2")(_flash("flash_attn"))
+provider("attention", "flash-attn-3")(_flash("flash_attn_interface"))
+provider("attention", "flash-attn-4")(_flash("flash_attn.cute"))
+
+
+@provider("attention", "xformers")
+def xformers_attention(case: AttentionCase, device: torch.device) -> Function:
+    ops = _import("xformers.ops", device)
+    biases = _import("xformers.ops.fmha.attn_bias", device)
+    _, heads, kv_heads, *_ = case.shape
+    if heads != kv_heads:
+        raise Absent("grouped heads take another layout in xFormers")
+    names = {"top_left": "LowerTriangularMask", "bottom_right": "LowerTriangularFromBottomRightMask"}
+    bias = getattr(biases, names[str(case.causal)])() if case.causal else None
+    return lambda q, k, v: ops.memory_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias
+    ).transpose(1, 2)
+
+
+@provider("layer_norm", "liger")
+def liger_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
+    function = _import("liger_kernel.transformers.functional", device).liger_layer_norm
+    if not case.affine:
+        raise Absent("Liger's LayerNorm has a weight and a bias")
+    return lambda x, weight, bias: function(x, weight, bias, 1e-5)
+
+
+@provider("layer_norm", "quack")
+def quack_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
+    function = _import("quack.layernorm", device).layernorm
+    return lambda x, *affine: function(x, *affine, eps=1e-5)
+
+
+@provider("loss", "liger")
+def liger_cross_entropy(case: LossCase, device: torch.device) -> Function:
+    function = _import("liger_kernel.transformers.functional", device).liger_cross_entropy
+    targets = case.targets(device)
+    return lambda logits: function(logits, targets)
+
+
+@provider("loss", "quack")
+def quack_cross_entropy(case: LossCase, device: torch.device) -> Function:
+    function = _import("quack.cross_entropy", device).cross_entropy
+    targets = case.targets(device)
+    return lambda logits: function(logits, targets)

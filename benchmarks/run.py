@@ -1,0 +1,134 @@
+"""`python -m benchmarks run`: suites of cases, every provider in interleaved rounds, each row on disk as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import comparison, html_report
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.demo_options import IMPLEMENTATIONS
+from benchmarks.environment import clocks, environment, row_environment
+from benchmarks.host import measure_host, measure_import
+from benchmarks.measure import Row, measure_case
+from benchmarks.providers import PROVIDERS
+from benchmarks.report import RowWriter, print_rows, read_rows, write_csv, write_json
+from benchmarks.run_options import RunOptions, kept
+from benchmarks.suites import SUITES, TRAINING_STEPS, Suite
+from benchmarks.training_step import measure_gpt
+
+
+class Run:
+    """One pass over the suites: what is done, what is left, and where its rows go."""
+
+    def __init__(self, options: RunOptions, say: Callable[[str], None]) -> None:
+        self.options, self.say = options, say
+        self.described = environment(options.device, options.commit)
+        path = options.out / "rows.jsonl"
+        kept = read_rows(path) if options.resume and path.exists() else []
+        path.write_text("", encoding="utf-8")
+        self.writer = RowWriter(path, row_environment(self.described))
+        for row in kept:
+            self.writer.keep(row)
+        self._done = {(row["suite"], row["label"]) for row in kept}
+        self._end = time.monotonic() + 60 * options.minutes
+        self.late: list[str] = []
+
+    def measure(self) -> list[Row]:
+        options = self.options
+        self._case("ceiling", "ceilings", measure_ceilings(options.device, options.rounds))
+        for name in options.suites:
+            if name == "train":
+                self._training()
+            elif name == "host":
+                self._case("host", "host", self._host())
+            else:
+                self._suite(SUITES[name])
+        self.described["clocks_after"] = clocks(options.device)
+        return self.writer.rows
+
+    def _suite(self, suite: Suite) -> None:
+        options = self.options
+        for case in suite.cases(options.device):
+            names = tuple(n for n in PROVIDERS[case.operation] if kept(n, options.providers))
+            if names and kept(case.name, options.cases):
+                rows = measure_case(
+                    case, options.device, options.rounds, directions=suite.directions, names=names
+                )
+                self._case(suite.name, f"{case.operation} {case.name}", rows)
+
+    def _training(self) -> None:
+        options = self.options
+        on_gpu = options.device.type == "cuda"
+        # On a CPU a compiled step takes half a minute to build; `python -m benchmarks demo` times those.
+        names = tuple(
+            n for n in IMPLEMENTATIONS if kept(n, options.providers) and (on_gpu or not IMPLEMENTATIONS[n][1])
+        )
+        for case in TRAINING_STEPS["cuda" if on_gpu else "cpu"]:
+            if names and kept(case.name, options.cases):
+                self._case(
+                    "train", f"gpt {case.name}", measure_gpt(case, options.device, options.rounds, names)
+                )
+
+    def _host(self) -> Iterator[Row]:
+        for device in dict.fromkeys(("cpu", self.options.device.type)):
+            yield from measure_host(device, self.options.rounds)
+        yield measure_import()
+
+    def _case(self, suite: str, label: str, measured: Iterator[Row]) -> None:
+        """Measures a case and writes its rows, unless they are there already or time is up."""
+        if (suite, label) in self._done:
+            return
+        if time.monotonic() > self._end:
+            self.late.append(f"{suite} {label}")
+            return
+        self.say(f"{suite} {label}")
+        for row in measured:
+            self.writer.write({"suite": suite, **row, **self._share(row), "label": label})
+
+    def _share(self, row: Row) -> Row:
+        """How near a row is to the measured ceilings: the least time of its work over its own time."""
+        ceilings = {r["case"]: r for r in self.writer.rows if r["suite"] == "ceiling"}
+        if row.get("status") != "ok" or "tflops" not in row or not ceilings or row["operation"] == "ceiling":
+            return {}
+        exact = row.get("shape", {}).get("dtype") == "fp32" and "matmul-fp32" in ceilings
+        shares = [row["tflops"] / ceilings["matmul-fp32" if exact else "matmul"]["tflops"]]
+        if "gbytes_per_s" in row:
+            shares.append(row["gbytes_per_s"] / ceilings["copy"]["gbytes_per_s"])
+        return {"roofline_share": max(shares), "bound_ms": max(shares) * row["median_ms"]}
+
+
+def run_suites(options: RunOptions, console: Console, say: Callable[[str], None]) -> list[Row]:
+    """Measures, then writes rows.csv, results.json and report.html, whatever interrupts the measuring.
+
+    Args:
+        console: where the tables go.
+        say: called with a line before each case.
+    """
+    run = Run(options, say)
+    try:
+        run.measure()
+    finally:
+        _report(run, console)
+    return run.writer.rows
+
+
+def _report(run: Run, console: Console) -> None:
+    options, rows = run.options, run.writer.rows
+    content: dict[str, Any] = {"environment": run.described, "rows": rows}
+    write_csv(options.out / "rows.csv", rows)
+    write_json(options.out / "results.json", content)
+    html_report.write_html(options.out / "report.html", content)
+    print_rows(rows, console)
+    for label in run.late:
+        console.print(
+            f"not measured, as {options.minutes:g} minutes were over: {label}", style="dim", highlight=False
+        )
+    if options.old is not None:
+        warning = comparison.environment_warning(options.old["environment"], run.described)
+        if warning:
+            console.print(warning, style="yellow", highlight=False)
+        console.print(comparison.comparison_table(comparison.compare(options.old["rows"], rows)))
