@@ -80,8 +80,8 @@ def test_constraints_pin_every_requirement():
     extras = project["optional-dependencies"]
     required = project["dependencies"] + extras["test"] + extras["bench"] + extras["train"]
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = {line.partition("==")[0] for line in lines if line and not line.startswith("#")}
-    assert {re.split(r"[^\w.-]", requirement)[0] for requirement in required} <= pins
+    pins = {_normalized(line.partition("==")[0]) for line in lines if line and not line.startswith("#")}
+    assert {_normalized(Requirement(requirement).name) for requirement in required} <= pins
     assert all("==" in line for line in lines if line and not line.startswith("#"))
 
 
@@ -93,7 +93,7 @@ def test_constraints_pin_what_make_install_brings() -> None:
     waiting = [*_pyproject()["project"]["dependencies"], *extras["test"], *extras["bench"]]
     seen: set[str] = set()
     while waiting:
-        name = _normalized(re.split(r"[^\w.-]", waiting.pop())[0])
+        name = _normalized(Requirement(waiting.pop()).name)
         if name in seen or name.startswith(("nvidia-", "cuda-")):  # the first of these are torch's own pins
             continue
         try:
