@@ -54,8 +54,8 @@ class AttentionConfig:
 _INTERPRETED = AttentionTiles(32, 32, 1, 1)
 
 # By family of targets, bits of the dtype and padded head dimension: (block_m, block_n, num_warps, num_stages). All
-# of them compiled and read (tests/kernels/test_machine_code.py: no spills, shared memory within the limit, HGMMA on
-# sm_90), and chosen by registers, as the largest tile that does not spill. None is measured.
+# of them compiled and read on sm_80, sm_90 and gfx942 (tests/kernels/test_machine_code.py: no spills, shared memory
+# within the limit, HGMMA on sm_90), and chosen by registers, as the largest tile that does not spill. None is measured.
 _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("hopper", 16, 64): AttentionConfig(
         AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 128, 8, 2)
@@ -75,7 +75,7 @@ _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("ampere", 16, 256): AttentionConfig(
         AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 32, 8, 2), AttentionTiles(32, 32, 8, 2)
     ),
-    # 64 KB of shared memory: AMD's CDNA, and NVIDIA's Turing.
+    # 64 KB of shared memory: AMD's CDNA.
     ("small", 16, 64): AttentionConfig(
         AttentionTiles(128, 64, 8, 1), AttentionTiles(64, 64, 8, 1), AttentionTiles(32, 64, 4, 1)
     ),
