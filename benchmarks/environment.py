@@ -79,12 +79,13 @@ def _cuda(device: torch.device) -> dict[str, Any]:
     }
 
 
-def clocks(device: torch.device | str) -> dict[str, str | None]:
-    """MHz of the multiprocessors and of the memory now; nothing on a CPU."""
+def clocks(device: torch.device | str) -> dict[str, int | None]:
+    """MHz of the multiprocessors and of the memory now, None where they are not known; nothing on a CPU."""
     device = torch.device(device)
     if device.type != "cuda":
         return {}
-    return dict(zip(("clock_mhz", "memory_clock_mhz"), _nvidia_smi("clocks.sm", "clocks.mem"), strict=True))
+    found = [int(mhz) if mhz and mhz.isdigit() else None for mhz in _nvidia_smi("clocks.sm", "clocks.mem")]
+    return dict(zip(("clock_mhz", "memory_clock_mhz"), found, strict=True))
 
 
 def _nvidia_smi(*fields: str) -> list[str | None]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from benchmarks import suite_panels, suite_plots
 from benchmarks.measure import DIRECTIONS, Row
-from benchmarks.report import finite, significant
+from benchmarks.report import finite, noise, significant
 from benchmarks.suite_panels import MEMORY
 from benchmarks.suite_plots import Ceilings, Style
 
@@ -76,7 +76,7 @@ def render_html(content: dict[str, Any]) -> str:
     return engine.get_template("report.html").render(
         device=described.get("device", "unknown device"),
         date=_date(described.get("date")),
-        facts=_facts(described, ceilings),
+        facts=_facts(described, ceilings, noise(rows)),
         suites=[_suite(name, [r for r in rows if r["suite"] == name], ceilings, styles) for name in suites],
         **_table([row for row in rows if row["status"] == "ok"]),
         failures=failures(every),
@@ -107,7 +107,7 @@ def find_ceilings(rows: Sequence[Row]) -> Ceilings:
     return Ceilings(tuple(ordered), max(copies, default=None))
 
 
-def _facts(described: dict[str, Any], ceilings: Ceilings) -> list[tuple[str, str]]:
+def _facts(described: dict[str, Any], ceilings: Ceilings, seen_noise: str) -> list[tuple[str, str]]:
     """Name and value of what a reader needs to judge or repeat the run."""
     commit = str(described.get("commit") or "unknown") + (" with changes" if described.get("dirty") else "")
     facts = [("commit", commit)]
@@ -124,6 +124,8 @@ def _facts(described: dict[str, Any], ceilings: Ceilings) -> list[tuple[str, str
     facts += [(f"measured {name}", f"{significant(rate)} TFLOP/s") for name, rate in ceilings.tflops]
     if ceilings.gbytes_per_s:
         facts.append(("measured copy", f"{significant(ceilings.gbytes_per_s)} GB/s"))
+    if seen_noise:
+        facts.append(("noise", seen_noise))
     return facts
 
 
@@ -367,7 +369,8 @@ _COLUMNS: tuple[tuple[str, bool, Callable[[Row], Cell]], ...] = (
     ("peak MiB", True, _number("peak_mib")),
     ("time / torch", True, _versus("torch")),
     ("time / naive", True, _versus("naive")),
-    ("noise", True, _number("noise", 100.0, " %")),
+    ("time / itself", True, _versus("itself")),
+    ("clock, MHz", True, _count("clock_mhz")),
     ("rounds", True, _count("rounds")),
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import OpCase, shape_of
 from benchmarks.costs import operation_cost
+from benchmarks.environment import clocks
 from benchmarks.memory import peak_memory
 from benchmarks.providers import BASELINES, PROVIDERS, Absent, Function
 from benchmarks.timing import Timer, interleave, make_timer, summarize, synchronize, time_ratio
@@ -25,6 +26,11 @@ from fastattn.testing import assert_accurate, make_tensor
 Row = dict[str, Any]
 
 DIRECTIONS = ("forward", "forward+backward")
+
+# A baseline's call that is timed a second time in the same rounds: how far its two times lie apart is noise.
+_AGAIN = " again"
+# Clocks are read while this much work is queued: the tool that reads them takes a few tens of milliseconds.
+_LOAD_MS = 250.0
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         self.tensors = self.case.inputs(self.device)
+        self._kept = [tensor.detach().clone() for tensor in self.tensors]
         with torch.no_grad():
             out = self.case.reference(*(torch.empty_like(t, device="meta") for t in self.tensors))
         self.grad_output = make_tensor(*out.shape, dtype=out.dtype, device=self.device, seed=9)
@@ -65,12 +72,20 @@ class Inputs:
     def check(self, function: Function, direction: str) -> None:
         """Asserts that the result, and the gradients where asked for, are as exact as the naive formula's."""
         results = self.case.part(self.call(function, direction)())
+        self._restore_overwritten()
         names = ("output", *(f"gradient {index}" for index in range(len(self.tensors))))
         rows = math.prod(self.tensors[0].shape[:-1])
         for name, actual, peer, truth in zip(names, results, self._peer, self._truth, strict=False):
             # A parameter's gradient is a sum over all rows, and its rounding grows with their root.
             of_parameter = 1 <= actual.dim() <= 2 and name not in ("output", "gradient 0")
             assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows) if of_parameter else 1.0)
+
+    def _restore_overwritten(self) -> None:
+        """Asserts that the inputs are what they were; they are again in any case, for the next provider."""
+        changed = [i for i, (t, k) in enumerate(zip(self.tensors, self._kept, strict=True)) if not t.equal(k)]
+        for index in changed:
+            self.tensors[index].data.copy_(self._kept[index])
+        assert not changed, f"it overwrote input {changed[0]}"
 
 
 class Failed(Exception):
@@ -154,10 +169,11 @@ def measure_case(
                 rows[name] |= {"status": "absent", "reason": str(absence)}
             except Failed as failure:
                 rows[name] |= {"status": failure.status, "reason": failure.reason}
-        samples = interleave(calls, timer, rounds)
+        samples = interleave(with_repeat(calls), timer, rounds)
         for name, call in calls.items():
             rows[name] |= figures(name, samples)
             rows[name] |= rates(case, direction, rows[name]["median_ms"])
+            rows[name] |= clocks_under_load(call, rows[name]["median_ms"], device)
             rows[name]["host_us"] = host_time(call, device)
             rows[name]["peak_mib"] = peak_memory(call, device) / 2**20
         yield from rows.values()
@@ -165,8 +181,19 @@ def measure_case(
     release(device)
 
 
+def with_repeat(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """The calls, and PyTorch's once more (the naive one's where it is not there), which shows the noise."""
+    for baseline in reversed(BASELINES):
+        if baseline in calls:
+            return {**calls, baseline + _AGAIN: calls[baseline]}
+    return calls
+
+
 def figures(name: str, samples: dict[str, list[float]]) -> Row:
-    """Median, quartiles and the ratio to each baseline that was timed in the same rounds."""
+    """Median, quartiles and the ratio to each baseline that was timed in the same rounds.
+
+    `time_vs_itself` is there for the provider that was timed twice: any distance from 1 is noise.
+    """
     summary = summarize(samples[name])
     row: Row = {
         "median_ms": summary.median,
@@ -174,15 +201,27 @@ def figures(name: str, samples: dict[str, list[float]]) -> Row:
         "high_ms": summary.high,
         "rounds": summary.count,
     }
-    for baseline in BASELINES:
-        if baseline in samples:
-            ratio = time_ratio(samples[name], samples[baseline])
+    others = {baseline: baseline for baseline in BASELINES} | {"itself": name + _AGAIN}
+    for label, other in others.items():
+        if other in samples:
+            ratio = time_ratio(samples[name], samples[other])
             row |= {
-                f"time_vs_{baseline}": ratio.value,
-                f"time_vs_{baseline}_low": ratio.low,
-                f"time_vs_{baseline}_high": ratio.high,
+                f"time_vs_{label}": ratio.value,
+                f"time_vs_{label}_low": ratio.low,
+                f"time_vs_{label}_high": ratio.high,
             }
     return row
+
+
+def clocks_under_load(call: Callable[[], Any], milliseconds: float, device: torch.device) -> Row:
+    """MHz of the multiprocessors and of the memory while a GPU runs the call; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    for _ in range(max(1, min(1000, math.ceil(_LOAD_MS / milliseconds)))):
+        call()
+    found = clocks(device)
+    synchronize(device)
+    return found
 
 
 def rates(case: OpCase, direction: str, milliseconds: float) -> Row:

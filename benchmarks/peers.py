@@ -1,6 +1,7 @@
 """Other packages' kernels as providers: absent where they are not installed. Import registers them.
 
-None of them has been run here yet: without a GPU each is absent.
+Written against flash-attn 2.8 and 4.0b36, xFormers 0.0.35, Liger 0.8.5 and QuACK 0.6.5 (which has a LayerNorm, but
+no public function of it). None has been run here yet: without a GPU each is absent.
 """
 
 from __future__ import annotations
@@ -84,17 +85,12 @@ def liger_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
     return lambda x, weight, bias: function(x, weight, bias, 1e-5)
 
 
-@provider("layer_norm", "quack")
-def quack_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
-    function = _import("quack.layernorm", device).layernorm
-    return lambda x, *affine: function(x, *affine, eps=1e-5)
-
-
 @provider("loss", "liger")
 def liger_cross_entropy(case: LossCase, device: torch.device) -> Function:
+    """On a copy of the logits: it writes their gradient over them, and the other providers need them."""
     function = _import("liger_kernel.transformers.functional", device).liger_cross_entropy
     targets = case.targets(device)
-    return lambda logits: function(logits, targets)
+    return lambda logits: function(logits.clone(), targets)
 
 
 @provider("loss", "quack")

@@ -116,6 +116,7 @@ def _forced(backend: SDPBackend) -> Provider:
 provider("attention", "sdpa-flash")(_forced(SDPBackend.FLASH_ATTENTION))
 provider("attention", "sdpa-efficient")(_forced(SDPBackend.EFFICIENT_ATTENTION))
 provider("attention", "sdpa-cudnn")(_forced(SDPBackend.CUDNN_ATTENTION))
+provider("attention", "sdpa-math")(_forced(SDPBackend.MATH))
 
 
 def _attention_ours(implementation: str | None) -> Provider:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def ratio(row: Row, key: str) -> str:
     return f"{row[key]:.2f} [{row[key + '_low']:.2f}, {row[key + '_high']:.2f}]"
 
 
+def noise(rows: Iterable[Row]) -> str:
+    """How far the two times of what was timed twice lie apart, over all cases; empty where nothing was."""
+    ratios = [row["time_vs_itself"] for row in rows if row.get("time_vs_itself")]
+    if not ratios:
+        return ""
+    typical = statistics.median(abs(ratio - 1) for ratio in ratios)
+    return (
+        f"the same provider timed twice differs by {typical:.1%} (median of {len(ratios)} measurements; "
+        f"ratios {min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
 def operation_table(operation: str, rows: Iterable[Row]) -> Table:
     """Times, rates, memory and ratios of one operation; what did not run is listed with its reason."""
     table = Table(
@@ -212,7 +225,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
                 )
         else:
             console.print(operation_table(operation, chosen))
-    for line in absences(rows):
+    for line in filter(None, [noise(rows), *absences(rows)]):
         console.print(line, style="dim", highlight=False, markup=False)
 
 

@@ -20,6 +20,9 @@ from benchmarks.run_options import RunOptions, kept
 from benchmarks.suites import SUITES, TRAINING_STEPS, Suite
 from benchmarks.training_step import measure_gpt
 
+# Of each suite so many cases come before any suite's others: when time is short, every suite has its most telling.
+_FIRST_CASES = 3
+
 
 class Run:
     """One pass over the suites: what is done, what is left, and where its rows go."""
@@ -40,38 +43,45 @@ class Run:
     def measure(self) -> list[Row]:
         options = self.options
         self._case("ceiling", "ceilings", measure_ceilings(options.device, options.rounds))
-        for name in options.suites:
-            if name == "train":
-                self._training()
-            elif name == "host":
-                self._case("host", "host", self._host())
-            else:
-                self._suite(SUITES[name])
+        planned = [
+            (place >= _FIRST_CASES, name, *case)
+            for name in options.suites
+            for place, case in enumerate(self._cases(name))
+        ]
+        for _, name, label, measured in sorted(planned, key=lambda case: case[0]):
+            self._case(name, label, measured)
         self.described["clocks_after"] = clocks(options.device)
         return self.writer.rows
 
-    def _suite(self, suite: Suite) -> None:
-        options = self.options
+    def _cases(self, name: str) -> list[tuple[str, Iterator[Row]]]:
+        """Labels of a suite's cases, and what measures each once it is asked for rows."""
+        if name == "host":
+            return [("host", self._host())]
+        return self._training() if name == "train" else self._suite(SUITES[name])
+
+    def _suite(self, suite: Suite) -> list[tuple[str, Iterator[Row]]]:
+        options, found = self.options, []
         for case in suite.cases(options.device):
             names = tuple(n for n in PROVIDERS[case.operation] if kept(n, options.providers))
             if names and kept(case.name, options.cases):
                 rows = measure_case(
                     case, options.device, options.rounds, directions=suite.directions, names=names
                 )
-                self._case(suite.name, f"{case.operation} {case.name}", rows)
+                found.append((f"{case.operation} {case.name}", rows))
+        return found
 
-    def _training(self) -> None:
+    def _training(self) -> list[tuple[str, Iterator[Row]]]:
         options = self.options
         on_gpu = options.device.type == "cuda"
         # On a CPU a compiled step takes half a minute to build; `python -m benchmarks demo` times those.
         names = tuple(
             n for n in IMPLEMENTATIONS if kept(n, options.providers) and (on_gpu or not IMPLEMENTATIONS[n][1])
         )
-        for case in TRAINING_STEPS["cuda" if on_gpu else "cpu"]:
-            if names and kept(case.name, options.cases):
-                self._case(
-                    "train", f"gpt {case.name}", measure_gpt(case, options.device, options.rounds, names)
-                )
+        return [
+            (f"gpt {case.name}", measure_gpt(case, options.device, options.rounds, names))
+            for case in TRAINING_STEPS["cuda" if on_gpu else "cpu"]
+            if names and kept(case.name, options.cases)
+        ]
 
     def _host(self) -> Iterator[Row]:
         for device in dict.fromkeys(("cpu", self.options.device.type)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.cases import GptCase, shape_of
 from benchmarks.costs import gpt_step_flops
 from benchmarks.demo_options import IMPLEMENTATIONS
-from benchmarks.measure import Failed, Row, figures, first_line, release
+from benchmarks.measure import Failed, Row, figures, first_line, release, with_repeat
 from benchmarks.memory import peak_memory
 from benchmarks.timing import Timer, interleave, make_timer
 from fastattn.models import GPT, TransformerConfig
@@ -98,7 +98,7 @@ def measure_gpt(
             calls[name] = make_step(case, name, device)
         except Failed as failure:
             rows[name] |= {"status": failure.status, "reason": failure.reason}
-    samples = interleave(calls, timer or make_timer(device), rounds)
+    samples = interleave(with_repeat(calls), timer or make_timer(device), rounds)
     for name, call in calls.items():
         rows[name] |= figures(name, samples)
         milliseconds = rows[name]["median_ms"]

@@ -8,7 +8,7 @@ import torch
 from benchmarks import peers, providers
 from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.measure import DIRECTIONS, Failed, Inputs, figures, measure_case, prepare
+from benchmarks.measure import DIRECTIONS, Failed, Inputs, figures, measure_case, prepare, with_repeat
 from benchmarks.providers import PROVIDERS, Absent, provider
 from fastattn import NotSupported, dispatch
 
@@ -25,7 +25,7 @@ CASES = (
     LossCase(21, 13),
     BlockCase(2, 9, 16, 2),
 )
-GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "fastattn-triton", "flex-compile")
+GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "fastattn-triton", "flex-compile")
 # Packages that are not installed here, and what is not written yet.
 ABSENT = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
 PAIRS = [(case, name) for case in CASES for name in PROVIDERS[case.operation]]
@@ -127,6 +127,19 @@ def test_wrong_last_row_of_a_parameter_gradient_is_caught(extra_provider):
         prepare(Inputs(LayerNormCase(5, 300), CPU), "wrong", "forward+backward")
 
 
+def test_inputs_that_a_provider_overwrites_are_restored(extra_provider):
+    """A kernel that works in place would give every later provider other inputs than the reference had."""
+    extra_provider(
+        "gelu", "in-place", lambda c, d: lambda x: torch.nn.functional.gelu(x).add_(x.detach().zero_())
+    )
+    inputs = Inputs(GeluCase(3, 17), CPU)
+    before = inputs.tensors[0].detach().clone()
+    with pytest.raises(Failed, match="wrong: it overwrote input 0"):
+        prepare(inputs, "in-place", "forward")
+    assert inputs.tensors[0].equal(before)
+    prepare(inputs, "torch", "forward")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     (
@@ -175,12 +188,33 @@ def test_rows_of_a_case(no_interpreter, extra_provider):
     assert "not on a GPU" in by_name["fastattn-triton"]["reason"]
     assert by_name["wrong"]["status"] == "wrong"
     assert "median_ms" not in by_name["wrong"]
-    naive = by_name["naive"]  # first in round 0, second in round 1, last in round 2: 1, 5 and 9 ms
-    assert (naive["median_ms"], naive["rounds"]) == (5.0, 3)
+    naive = by_name["naive"]  # first of four in round 0, second in round 1, last in round 2: 1, 6 and 12 ms
+    assert (naive["median_ms"], naive["rounds"]) == (6.0, 3)
     assert naive["time_vs_naive"] == 1.0
-    assert naive["time_vs_torch"] == pytest.approx(9 / 8)  # torch: 3, 4 and 8 ms in these rounds
+    assert naive["time_vs_torch"] == pytest.approx(12 / 10)  # torch: 3, 5 and 10 ms in these rounds
+    assert by_name["torch"]["time_vs_itself"] == pytest.approx(10 / 11)  # its second time: 2, 8 and 11 ms
     assert naive["peak_mib"] > by_name["torch"]["peak_mib"] == pytest.approx(3 * 17 * 4 / 2**20)
-    assert naive["gbytes_per_s"] == pytest.approx(2 * 3 * 17 * 4 / 5e6)
+    assert naive["gbytes_per_s"] == pytest.approx(2 * 3 * 17 * 4 / 6e6)
+
+
+def test_the_noise_is_a_provider_timed_twice(no_interpreter):
+    """PyTorch's call comes twice in every round; the naive one's where PyTorch's is not measured."""
+    milliseconds = iter(
+        (4.0, 2.0, 5.0, 4.0)
+    )  # torch, torch again, and in the second round the other way round
+    (row,) = measure_case(
+        GeluCase(3, 17),
+        CPU,
+        rounds=2,
+        directions=("forward",),
+        names=("torch",),
+        timer=lambda call: next(milliseconds),
+    )
+    assert row["time_vs_itself"] == pytest.approx((4 / 2 + 4 / 5) / 2)
+    assert row["time_vs_itself_low"] <= row["time_vs_itself"] <= row["time_vs_itself_high"]
+    assert list(with_repeat({"naive": 1, "torch": 2, "mine": 3})) == ["naive", "torch", "mine", "torch again"]
+    assert list(with_repeat({"naive": 1, "mine": 3})) == ["naive", "mine", "naive again"]
+    assert list(with_repeat({"mine": 3})) == ["mine"]
 
 
 def test_figures_without_baselines_have_no_ratio():

@@ -102,6 +102,20 @@ def test_no_case_begins_after_its_time(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("small_suites", "no_interpreter")
+def test_every_suites_first_cases_come_before_any_others(tmp_path, monkeypatch):
+    """When the time runs out, each suite has its most telling rows."""
+    for name in ("mlp", "norm"):
+        cases = tuple(GeluCase(rows, 8) for rows in range(1, 6))
+        monkeypatch.setitem(SUITES, name, Suite(name, "small", cpu=cases, gpu=(), directions=("forward",)))
+    assert run_command("run --suite norm mlp --device cpu --rounds 1 --providers torch --out", tmp_path) == 0
+    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row["provider"] == "torch"]
+    measured = [(row["suite"], row["shape"]["rows"]) for row in rows if row["operation"] == "gelu"]
+    order = [(suite, rows) for suite in ("norm", "mlp") for rows in (1, 2, 3)]
+    order += [(suite, rows) for suite in ("norm", "mlp") for rows in (4, 5)]
+    assert list(dict.fromkeys(measured)) == order
+
+
+@pytest.mark.usefixtures("small_suites", "no_interpreter")
 def test_a_wrong_result_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(PROVIDERS["gelu"], "mine", lambda case, device: lambda x: x)
     assert run_command("run --suite mlp --device cpu --rounds 1 --providers mine --out", tmp_path) == 1
