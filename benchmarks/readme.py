@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.report import ratio, spread
+from benchmarks.report import noise, ratio, significant, spread
 
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -95,4 +95,34 @@ def host_figures(results: Path) -> str:
     )
 
 
-_FIGURES: dict[str, Callable[[Path], str]] = {"demo": demo_figures, "host": host_figures}
+def run_figures(results: Path) -> str:
+    """Every case of the suites: PyTorch's time, and how many times that naive PyTorch and fastattn take."""
+    content, folder = _read(results, "run", "results.json")
+    cases: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in content["rows"]:
+        if row["status"] == "ok" and "time_vs_torch" in row:
+            cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
+    lines = [
+        f"The suites, commit {content['environment']['commit']}, in `{folder}/` (`report.html` there has plots and every",
+        f"provider); {noise(content['rows'])}:",
+        "",
+        "| operation | case | timed | PyTorch, ms (quartiles) | naive / PyTorch [95 %] | fastattn / PyTorch [95 %] "
+        "| peak MiB: naive, PyTorch, fastattn |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (operation, case, direction), rows in cases.items():
+        if "fastattn" in rows:
+            peaks = ", ".join(significant(rows[name].get("peak_mib")) for name in ("naive", "torch", "fastattn"))
+            lines.append(
+                f"| {operation} | {case} | {direction} | {significant(rows['torch']['median_ms'])} "
+                f"({spread(rows['torch'], 'ms')}) | {ratio(rows['naive'], 'time_vs_torch')} "
+                f"| {ratio(rows['fastattn'], 'time_vs_torch')} | {peaks} |"
+            )
+    return "\n".join(lines)
+
+
+_FIGURES: dict[str, Callable[[Path], str]] = {
+    "demo": demo_figures,
+    "host": host_figures,
+    "run": run_figures,
+}
