@@ -103,8 +103,8 @@ def run_figures(results: Path) -> str:
         if row["status"] == "ok" and "time_vs_torch" in row:
             cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
     lines = [
-        f"The suites, commit {content['environment']['commit']}, in `{folder}/` (`report.html` there has plots and every",
-        f"provider); {noise(content['rows'])}:",
+        f"The suites, commit {content['environment']['commit']}, in `{folder}/` (its `report.html` has plots and",
+        f"every provider); {noise(content['rows'])}:",
         "",
         "| operation | case | timed | PyTorch, ms (quartiles) | naive / PyTorch [95 %] | fastattn / PyTorch [95 %] "
         "| peak MiB: naive, PyTorch, fastattn |",
@@ -112,7 +112,9 @@ def run_figures(results: Path) -> str:
     ]
     for (operation, case, direction), rows in cases.items():
         if "fastattn" in rows:
-            peaks = ", ".join(significant(rows[name].get("peak_mib")) for name in ("naive", "torch", "fastattn"))
+            peaks = ", ".join(
+                significant(rows[name].get("peak_mib")) for name in ("naive", "torch", "fastattn")
+            )
             lines.append(
                 f"| {operation} | {case} | {direction} | {significant(rows['torch']['median_ms'])} "
                 f"({spread(rows['torch'], 'ms')}) | {ratio(rows['naive'], 'time_vs_torch')} "

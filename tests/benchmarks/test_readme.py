@@ -33,10 +33,13 @@ def test_a_line_for_every_case_of_the_suites(tmp_path):
             row["time_vs_torch"] = 123.456
     (folder / "results.json").write_text(json.dumps(content))
     text = readme.render("<!-- figures: run -->\n<!-- end -->", tmp_path)
-    timed = {(r["operation"], r["case"], r["direction"]) for r in content["rows"] if r["provider"] == "fastattn"}
-    absent = {(r["operation"], r["case"], r["direction"]) for r in content["rows"] if r["status"] != "ok"}
-    assert text.count("\n| ") - 1 == len(timed - {key for key in absent if key[0] == "loss"})
-    assert text.count("123.46 [") == sum(key[0] == "gelu" for key in timed)
+    ours = [
+        row["operation"] for row in content["rows"] if row["provider"] == "fastattn" and row["status"] == "ok"
+    ]
+    assert text.count("\n| ") - 1 == len(
+        [operation for operation in ours if operation not in ("host", "import")]
+    )
+    assert text.count("123.46 [") == ours.count("gelu") > 0
     assert "the same provider timed twice differs by" in text
 
 
