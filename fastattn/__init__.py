@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fastattn import nn, reference
-from fastattn.dispatch import Explanation, NotSupported, explain, use_implementation
+from fastattn.dispatch import Explanation, NotSupported, debug_checks, explain, use_implementation
 from fastattn.ops.attention import attention
+from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import layer_norm
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -20,6 +21,8 @@ __all__ = [
     "NotSupported",
     "__version__",
     "attention",
+    "attention_varlen",
+    "debug_checks",
     "explain",
     "gelu",
     "layer_norm",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as _transforms_are_active
 from torch._C import _is_any_autocast_enabled
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -57,7 +58,7 @@ class Implementation:
     `refuse(*arguments)` returns the reason why this implementation cannot take the call, or None.
     `step_aside(*arguments)` returns the reason why it should not be the automatic choice although it could
     take the call, or None. `describe(*arguments)` says in words what runs. All four callables take the
-    operation's arguments, in the order of the public function's signature, without `implementation`.
+    operation's arguments: the public function's in their order, without `implementation`, or what `pack` makes of them.
     """
 
     name: str
@@ -95,6 +96,8 @@ class Operation:
 
     `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
     would hand them on; it runs after the check, where autocast is on for the device of the first argument.
+    `pack(*arguments)`, where given, makes the operation's arguments of the public function's; the function itself
+    calls it, and `explain` does.
     """
 
     def __init__(
@@ -103,8 +106,10 @@ class Operation:
         check: Callable[..., None],
         implementations: tuple[Implementation, ...],
         cast: Callable[..., tuple[Any, ...]] | None = None,
+        pack: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = name
+        self.pack = pack
         self.check = check
         self.cast = cast
         self.implementations = implementations
@@ -235,7 +240,8 @@ def explain(operation: Callable[..., Any] | Tensor, /, *arguments: Any, **keywor
     bound = signature.bind(*arguments, **keywords)
     bound.apply_defaults()
     requested = bound.arguments.pop("implementation", None)
-    return found.explain(requested, *bound.arguments.values())
+    given = tuple(bound.arguments.values())
+    return found.explain(requested, *(given if found.pack is None else found.pack(*given)))
 
 
 def _default_operation() -> Callable[..., Any]:
@@ -251,6 +257,35 @@ def autocasts(tensor: Tensor) -> bool:
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
         kind
     )
+
+
+class _DebugChecks(threading.local):
+    on = False
+
+
+_debug_checks = _DebugChecks()
+
+
+@contextmanager
+def debug_checks() -> Iterator[None]:
+    """Within the block, in this thread, values that lie on a GPU (lengths, offsets) are checked too.
+
+    Reading them waits for the device, so that without this only values on the CPU are checked; the kernels stay within
+    the tensors whatever the values are.
+    """
+    previous = _debug_checks.on
+    _debug_checks.on = True
+    try:
+        yield
+    finally:
+        _debug_checks.on = previous
+
+
+def checking(tensor: Tensor) -> bool:
+    """Whether the values of a tensor of lengths or offsets are to be checked."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or _debug_checks.on
 
 
 def refuse_triton(tensor: Tensor, dtype: torch.dtype, least: tuple[int, int] = MIN_CAPABILITY) -> str | None:

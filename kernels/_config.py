@@ -49,9 +49,13 @@ class AttentionConfig:
     dk_dv: AttentionTiles
     separate_dk_dv: bool = False
     delta: AttentionTiles = AttentionTiles(64, 0, 4, 1)
+    dbias: AttentionTiles = AttentionTiles(64, 32, 4, 1)
 
 
 _INTERPRETED = AttentionTiles(32, 32, 1, 1)
+_INTERPRETED_ATTENTION = AttentionConfig(
+    _INTERPRETED, _INTERPRETED, _INTERPRETED, delta=_INTERPRETED, dbias=_INTERPRETED
+)
 
 # By family of targets, bits of the dtype and padded head dimension: (block_m, block_n, num_warps, num_stages). All
 # of them compiled and read on sm_80, sm_90 and gfx942 (tests/kernels/test_machine_code.py: no spills, shared memory
@@ -107,7 +111,7 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 def select_attention_config(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
     """The tiles for a head dimension up to 256, a dtype and a target."""
     if target.backend == "interpreter":
-        return AttentionConfig(_INTERPRETED, _INTERPRETED, _INTERPRETED, delta=_INTERPRETED)
+        return _INTERPRETED_ATTENTION
     bits = 32 if dtype == torch.float32 else 16
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     return _ATTENTION[_attention_family(target), bits, width]

@@ -18,19 +18,38 @@ def empty_rows(tensor: Tensor) -> Tensor:
     return like if _has_rows(like) else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """An uninitialized gradient of q, k, v, a bias (4-D) or of sinks."""
+    return empty_rows(tensor) if tensor.dim() == 4 else torch.empty_like(tensor)
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """An uninitialized output: q's shape but v's width, with the order of q's dimensions in memory."""
+    if q.size(3) == v.size(3):
+        return empty_rows(q)
+    batch, heads, seq, _ = q.shape
+    # (batch, seq, heads, width) in memory, as a projection leaves it, or (batch, heads, seq, width).
+    if q.stride(2) > q.stride(1):
+        return q.new_empty((batch, seq, heads, v.size(3))).transpose(1, 2)
+    return q.new_empty((batch, heads, seq, v.size(3)))
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself if a kernel can read its rows, else a contiguous copy."""
     return tensor if _has_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def rows_too_far(plane: Tensor) -> bool:
+    """Whether the rows or keys of a bias or mask lie too far apart for 32-bit offsets within a tile."""
+    return any(
+        size > 1 and stride >= _MAX_ROW_STRIDE // 2
+        for size, stride in zip(plane.shape[-2:], plane.stride()[-2:], strict=True)
+    )
+
+
 def _has_rows(tensor: Tensor) -> bool:
     """Whether the last dimension is contiguous and neighbouring rows lie less than 2^31 / 256 elements apart."""
     return tensor.stride(-1) == 1 and tensor.stride(-2) < _MAX_ROW_STRIDE
-
-
-def causal_offset(causal: str, seq_q: int, seq_k: int) -> int:
-    """Query i sees keys up to and including i + offset."""
-    return seq_k - seq_q if causal == "bottom_right" else 0
 
 
 def block_d(head_dim: int) -> int:

@@ -3,13 +3,15 @@
 A tile's first row is found with 64-bit arithmetic, the elements within the tile with 32-bit: half the registers.
 The launchers copy a tensor whose rows lie too far apart for that (`fastattn.kernels._layout.rows_contiguous`).
 
-The score matrix is (SEQ_Q, SEQ_K). A schedule says which tiles have anything to compute and which of these
-need a mask; `_visible` says it of a single score. Both read the same rule, at this one place: query i sees key
-j where j <= i + CAUSAL_OFFSET (if causal) and j < SEQ_K.
+The score matrix of a sequence is (SEQ_Q, SEQ_K). A schedule says which tiles have anything to compute and which of
+these need a mask; `_visible` says it of a single score. Both read the same rule, at this one place: query i sees key j
+where i + LOW <= j <= i + HIGH (each end only if there is one) and j < SEQ_K.
 """
 
 import triton
 import triton.language as tl
+
+from fastattn.kernels._math import LOG2_E
 
 
 @triton.jit
@@ -61,6 +63,13 @@ def _store_rows(
 
 
 @triton.jit
+def _load_log2_sum(lse_ptr, rows, SEQ_Q):
+    """lse of some rows in base 2; +inf, which makes every weight 0, beyond the last row and where a row sees no key."""
+    lse = tl.load(lse_ptr + rows, mask=rows < SEQ_Q, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
 def _split_program(TILES, HEADS):
     """This program's (tile, batch, head) of a grid (TILES * HEADS * batches,); neighbours share a head.
 
@@ -72,48 +81,107 @@ def _split_program(TILES, HEADS):
 
 
 @triton.jit
+def _sequence(batch, starts, SEQ):
+    """(batch of the tensors, first row, rows) of a sequence: all of its own batch, or a stretch of packed rows.
+
+    starts: (sequences + 1,), or None. Whatever it holds, the rows lie within the SEQ of the tensor.
+    """
+    if starts is None:
+        return batch, batch * 0, SEQ
+    else:
+        first = tl.minimum(tl.maximum(tl.load(starts + batch), 0), SEQ)
+        end = tl.minimum(tl.maximum(tl.load(starts + batch + 1), first), SEQ)
+        return batch * 0, first.to(tl.int64), end - first
+
+
+@triton.jit
+def _key_window(batch, key_lengths, SEQ_Q, SEQ_K, LEFT, RIGHT, BOTTOM_RIGHT: tl.constexpr):
+    """(SEQ_K without hidden keys, OFFSET of the last rows and keys, LOW, HIGH) of a sequence."""
+    offset = SEQ_K - SEQ_Q
+    place = offset if BOTTOM_RIGHT else 0
+    if key_lengths is not None:
+        SEQ_K = tl.minimum(SEQ_K, tl.maximum(tl.load(key_lengths + batch), 0))
+    return SEQ_K, offset, place - LEFT, place + RIGHT
+
+
+@triton.jit
 def _key_schedule(
     first_row,
     SEQ_K,
-    CAUSAL_OFFSET,
-    IS_CAUSAL: tl.constexpr,
+    LOW,
+    HIGH,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys that BLOCK_M queries from first_row visit: [0, full_end) without a mask, [full_end, end) with one."""
-    end = SEQ_K
-    full_end = SEQ_K
-    if IS_CAUSAL:
-        # The first row sees the fewest keys, the last one the most.
-        end = tl.minimum(SEQ_K, tl.maximum(0, first_row + BLOCK_M + CAUSAL_OFFSET))
-        full_end = tl.minimum(SEQ_K, tl.maximum(0, first_row + 1 + CAUSAL_OFFSET))
-    return full_end // BLOCK_N * BLOCK_N, end
+    """Keys that BLOCK_M queries from first_row visit: [full_begin, full_end) without a mask, the rest with one.
+
+    Returns begin, full_begin, full_end, end; the first three are multiples of BLOCK_N.
+    """
+    begin = first_row * 0  # tensors, as in the branches below, and not constants
+    full_begin = begin
+    end = SEQ_K + begin
+    full_end = end
+    if HAS_RIGHT:
+        # The first row sees the least far, the last one the farthest.
+        end = tl.minimum(SEQ_K, tl.maximum(0, first_row + BLOCK_M + HIGH))
+        full_end = tl.minimum(SEQ_K, tl.maximum(0, first_row + 1 + HIGH))
+    if HAS_LEFT:
+        begin = tl.maximum(0, first_row + LOW) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(0, first_row + BLOCK_M - 1 + LOW), BLOCK_N) * BLOCK_N
+    return begin, full_begin, full_end // BLOCK_N * BLOCK_N, end
 
 
 @triton.jit
 def _query_schedule(
     first_key,
     SEQ_Q,
-    CAUSAL_OFFSET,
-    IS_CAUSAL: tl.constexpr,
+    LOW,
+    HIGH,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Queries that see BLOCK_N keys from first_key: [begin, full_begin) with a mask, [full_begin, SEQ_Q) without."""
-    begin = first_key * 0  # a tensor, as in the branch below, and not a constant
+    """Queries that see BLOCK_N keys from first_key: [full_begin, full_end) without a mask, the rest with one.
+
+    Returns begin, full_begin, full_end, end; the first two are multiples of BLOCK_M. Without a left end of the
+    window full_end is SEQ_Q, whose last tile may overrun.
+    """
+    begin = first_key * 0
     full_begin = begin
-    if IS_CAUSAL:
+    end = SEQ_Q + begin
+    full_end = end
+    if HAS_RIGHT:
         # The first query to see the first key, and the first to see the last key.
-        begin = tl.maximum(0, first_key - CAUSAL_OFFSET) // BLOCK_M * BLOCK_M
-        full_begin = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - CAUSAL_OFFSET), BLOCK_M) * BLOCK_M
-    return begin, full_begin
+        begin = tl.maximum(0, first_key - HIGH) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - HIGH), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        # Behind the last query to see the last key, and behind the last to see the first key.
+        end = tl.minimum(SEQ_Q, tl.maximum(0, first_key + BLOCK_N - LOW))
+        full_end = tl.minimum(SEQ_Q, tl.maximum(0, first_key + 1 - LOW)) // BLOCK_M * BLOCK_M
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
-def _visible(rows, keys, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL: tl.constexpr):
-    """Whether each query sees each key; rows and keys broadcast against each other."""
-    if IS_CAUSAL:
-        return (keys <= rows + CAUSAL_OFFSET) & (keys < SEQ_K)
+def _stretch(PART: tl.constexpr, begin, full_begin, full_end, end):
+    """Bounds of one of a schedule's three stretches: masked, not masked, masked."""
+    if PART == 0:
+        return begin, tl.minimum(full_begin, end)
+    elif PART == 1:
+        return full_begin, full_end
     else:
-        # The second part holds of every row: it gives the result the shape of the scores, as the branch above does.
-        return (keys < SEQ_K) & (rows >= 0)
+        return tl.maximum(full_begin, full_end), end
+
+
+@triton.jit
+def _visible(rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether each query sees each key; rows and keys broadcast against each other."""
+    # The second part holds of every row: it gives the result the shape of the scores.
+    visible = (keys < SEQ_K) & (rows >= 0)
+    if HAS_LEFT:
+        visible = visible & (keys >= rows + LOW)
+    if HAS_RIGHT:
+        visible = visible & (keys <= rows + HIGH)
+    return visible

@@ -5,12 +5,17 @@ With P the weights, S = scale * q k^T and O the output (FlashAttention-2, Dao, 2
     delta = rowsum(dO * O) - dlse       dP = dO V^T           dS = P * (dP - delta)
     dQ = scale * dS K                   dK = scale * dS^T Q   dV = P^T dO
 
-dlse, the gradient of the log-sum-exp, enters through delta because d lse / d S = P. Two kernels behind that of delta
-(attention_backward_dq, attention_backward_dk_dv), seven products and no atomics: the result is the same bit for bit
-from run to run.
+dlse, the gradient of the log-sum-exp, enters through delta because d lse / d S = P. Dropout multiplies P in dV and dP
+itself by the same mask; a soft cap multiplies dS by its derivative in dQ and dK; a bias's gradient is dS; a sink, a key
+of value 0 and weight exp(sink - lse), has the gradient -sum exp(sink - lse) delta.
+
+A kernel each for delta, dq, dk with dv, and dbias (attention_backward_*), with seven products, nine with a bias, and
+no atomics: the result is the same bit for bit from run to run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,43 +23,43 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
+from fastattn.kernels._arguments import rows_of
 from fastattn.kernels._config import AttentionConfig, select_attention_config
-from fastattn.kernels._layout import block_d, empty_rows, rows_contiguous
+from fastattn.kernels._layout import block_d, empty_gradient, rows_contiguous
+from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
+from fastattn.kernels.attention_backward_dbias import launch_dbias
 from fastattn.kernels.attention_backward_dk_dv import launch_dk_dv
 from fastattn.kernels.attention_backward_dq import launch_dq
 
 
 @triton.jit(do_not_specialize=["HEADS", "SEQ_Q"])
 def _attention_delta_kernel(
-    out_ptr,
-    dout_ptr,
+    out,
+    dout,
     dlse_ptr,
     lse_ptr,
     delta_ptr,
-    stride_ob, stride_oh, stride_om,
-    stride_dob, stride_doh, stride_dom,
     HEADS,
     SEQ_Q,
-    HEAD_DIM: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    BLOCK_V: tl.constexpr,
+):
     """One program computes delta = rowsum(dO * O) - dlse of BLOCK_M rows of one head, 0 where a row sees no key.
 
-    Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse, lse and delta are (batch, HEADS, SEQ_Q), contiguous.
+    Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse (or None), lse and delta are (batch, HEADS, SEQ_Q), contiguous.
     """
     tile, batch, head = _split_program(tl.cdiv(SEQ_Q, BLOCK_M), HEADS)
     first = tile * BLOCK_M
-    out_ptr += batch * stride_ob + head * stride_oh
-    dout_ptr += batch * stride_dob + head * stride_doh
-    out = _load_rows(out_ptr, first, stride_om, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-    dout = _load_rows(dout_ptr, first, stride_dom, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # (BLOCK_M,)
+    out_ptr = out.ptr + batch * out.stride_b + head * out.stride_h
+    dout_ptr = dout.ptr + batch * dout.stride_b + head * dout.stride_h
+    result = _load_rows(out_ptr, first, out.stride_m, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
+    grad = _load_rows(dout_ptr, first, dout.stride_m, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
+    delta = tl.sum(result.to(tl.float32) * grad.to(tl.float32), 1)  # (BLOCK_M,)
     rows = first + tl.arange(0, BLOCK_M)
     statistics = (batch * HEADS + head) * SEQ_Q + rows
-    if HAS_DLSE:
+    if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
         # The gradient of a constant, -inf, may come in as NaN; times a weight of 0 it would spoil every key's.
         lse = tl.load(lse_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
@@ -70,51 +75,58 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    causal: str,
-    needs_dq: bool,
-    needs_dk: bool,
-    needs_dv: bool,
+    needs: Sequence[bool],
+    *options: object,
     config: AttentionConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of `attention_forward`, in the inputs' dtypes and, where dense, strides.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias and dsinks of `attention_forward`, in the inputs' dtypes and, where dense, strides.
 
     Args:
         dout: gradient of out, any strides.
         dlse: gradient of lse, or None for zero.
         out, lse: what `attention_forward` returned.
-        needs_dq, needs_dk, needs_dv: a gradient that is not needed is returned as an empty tensor.
+        needs: which of the five are needed; one that is not is returned as an empty tensor.
+        options: the fields of `AttentionOptions`.
         config: replaces the one chosen for the shape and device.
     """
-    dq = empty_rows(q) if needs_dq else q.new_empty(0)
-    dk = empty_rows(k) if needs_dk else k.new_empty(0)
-    dv = empty_rows(v) if needs_dv else v.new_empty(0)
-    if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    asked = AttentionOptions(*options)  # type: ignore[arg-type]
+    given = (q, k, v, asked.bias, asked.sinks)
+    dq, dk, dv, dbias, dsinks = results = tuple(
+        empty_gradient(tensor) if needed and tensor is not None else q.new_empty(0)
+        for tensor, needed in zip(given, needs, strict=True)
+    )
+    packed = asked.cu_seqlens_q is not None
+    if packed or q.numel() == 0 or v.numel() == 0:
+        for gradient in results:
+            gradient.zero_()  # rows of no sequence are no program's
+        if not packed and asked.sinks is None:
+            return dq, dk, dv, dbias, dsinks
     q, k, v, out, dout = (rows_contiguous(t) for t in (q, k, v, out, dout))
     lse = lse.contiguous()
     if config is None:
-        config = select_attention_config(q.size(3), q.dtype, _target.target_of(q.device))
+        config = select_attention_config(max(q.size(3), v.size(3)), q.dtype, _target.target_of(q.device))
+    if q.numel() == 0 or asked.sequences(q.size(0)) == 0:
+        return dq, dk, dv, dbias, dsinks
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
-        delta = _launch_delta(dout, dlse, out, lse, config) if needs_dq or needs_dk else lse
-        if needs_dq:
-            launch_dq(dq, dout, q, k, v, lse, delta, scale, causal, config)
-        for part_dk, part_dv in _dk_dv_launches(needs_dk, needs_dv, config):
-            launch_dk_dv(
-                dk if part_dk else None,
-                dv if part_dv else None,
-                dout,
-                q,
-                k,
-                v,
-                lse,
-                delta,
-                scale,
-                causal,
-                config,
-            )
-    return dq, dk, dv
+        delta = _launch_delta(dout, dlse, out, lse, config) if any(needs[i] for i in (0, 1, 3, 4)) else lse
+        common = (dout, q, k, v, lse, delta, asked, config)
+        if needs[0] and asked.longest_q(q.size(2)) > 0:
+            launch_dq(dq, *common)
+        if asked.longest_k(k.size(2)) > 0:
+            for part_dk, part_dv in _dk_dv_launches(needs[1], needs[2], config):
+                launch_dk_dv(dk if part_dk else None, dv if part_dv else None, *common)
+        if dbias.numel() > 0:
+            launch_dbias(dbias, *common)
+    if needs[4] and asked.sinks is not None:
+        dsinks.copy_(sinks_gradient(asked.sinks, lse, delta))
+    return dq, dk, dv, dbias, dsinks
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """-sum exp(sink - lse) delta over batch and rows, (heads,); a row of no sequence, whose lse is -inf, has none."""
+    weights = torch.exp(sinks.to(lse.dtype).view(-1, 1) - lse.masked_fill(lse == float("-inf"), float("inf")))
+    return -(weights * delta).sum(dim=(0, 2))
 
 
 def _dk_dv_launches(needs_dk: bool, needs_dv: bool, config: AttentionConfig) -> list[tuple[bool, bool]]:
@@ -127,17 +139,14 @@ def _dk_dv_launches(needs_dk: bool, needs_dv: bool, config: AttentionConfig) -> 
 def _launch_delta(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, config: AttentionConfig
 ) -> Tensor:
-    batch, heads, seq_q, head_dim = out.shape
+    batch, heads, seq_q, v_dim = out.shape
     delta = torch.empty((batch, heads, seq_q), device=out.device, dtype=torch.float32)
     _attention_delta_kernel[(triton.cdiv(seq_q, config.delta.block_m) * heads * batch,)](
-        out_ptr=out, dout_ptr=dout,
-        dlse_ptr=delta if dlse is None else dlse.contiguous(),
+        out=rows_of(out), dout=rows_of(dout),
+        dlse_ptr=None if dlse is None else dlse.contiguous(),
         lse_ptr=lse, delta_ptr=delta,
-        stride_ob=out.stride(0), stride_oh=out.stride(1), stride_om=out.stride(2),
-        stride_dob=dout.stride(0), stride_doh=dout.stride(1), stride_dom=dout.stride(2),
         HEADS=heads, SEQ_Q=seq_q,
-        HEAD_DIM=head_dim, HAS_DLSE=dlse is not None,
-        BLOCK_M=config.delta.block_m, BLOCK_D=block_d(head_dim),
+        V_DIM=v_dim, BLOCK_M=config.delta.block_m, BLOCK_V=block_d(v_dim),
         num_warps=config.delta.num_warps,
     )  # fmt: skip
     return delta

@@ -9,14 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
 from fastattn.kernels._config import AttentionConfig
-from fastattn.kernels._layout import block_d, causal_offset
-from fastattn.kernels._math import LOG2_E, _modified_scores
+from fastattn.kernels._layout import block_d
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
+    _key_window,
+    _load_log2_sum,
     _load_rows,
     _query_schedule,
+    _sequence,
     _split_program,
     _store_rows,
+    _stretch,
     _visible,
 )
 
@@ -31,119 +37,151 @@ def _accumulate_dk_dv(
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    stride_qm,
+    stride_dom,
+    score,
+    slope,
+    batch,
+    head,
+    HEADS,
     first_key,
     begin,
     end,
-    stride_qm,
-    stride_dom,
     SEQ_Q,
     SEQ_K,
-    scale_log2,
-    CAUSAL_OFFSET,
-    HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    OFFSET,
+    LOW,
+    HIGH,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     NEEDS_DK: tl.constexpr,
     NEEDS_DV: tl.constexpr,
     MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """Adds dS^T Q and P^T dO of queries begin .. end, BLOCK_M at a time, to dk and dv (BLOCK_N, BLOCK_D).
+    """Adds dS^T Q and P^T dO of queries begin .. end, BLOCK_M at a time, to dk and dv.
 
     Scores are held transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T enter their products from registers.
     """
-    keys = (first_key + tl.arange(0, BLOCK_N))[:, None]  # (BLOCK_N, 1)
+    keys = tl.arange(0, BLOCK_N)[:, None]  # (BLOCK_N, 1), within the tile, as rows are
+    rows = tl.arange(0, BLOCK_M)[None, :]  # (1, BLOCK_M)
     for first_row in tl.range(begin, end, BLOCK_M):
-        rows = first_row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         q = _load_rows(q_ptr, first_row, stride_qm, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-        dout = _load_rows(
-            dout_ptr, first_row, stride_dom, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True
+        dout = _load_rows(dout_ptr, first_row, stride_dom, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
+        places = first_row + tl.arange(0, BLOCK_M)
+        lse_log2 = _load_log2_sum(lse_ptr, places, SEQ_Q)
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+        scores, cap_slope = _scores_of(
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET
         )
-        # Beyond the last row: lse = +inf makes the weights 0.
-        lse_log2 = tl.load(lse_ptr + rows, mask=rows < SEQ_Q, other=float("inf")) * LOG2_E
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-        scores = _modified_scores(scores, rows[None, :], keys, scale_log2)
         weights = tl.exp2(scores - lse_log2[None, :])
         if MASKED:
-            visible = _visible(rows[None, :], keys, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL)
+            visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)
             weights = tl.where(visible, weights, 0.0)
         if NEEDS_DV:
-            dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+            kept = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
         if NEEDS_DK:
-            delta = tl.load(delta_ptr + rows, mask=rows < SEQ_Q, other=0.0)
+            delta = tl.load(delta_ptr + places, mask=places < SEQ_Q, other=0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+            dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
             dscores = weights * (dweights - delta[None, :])
+            if score.softcap is not None:
+                dscores = dscores * cap_slope
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "CAUSAL_OFFSET"])
+@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_K", "LEFT", "RIGHT"])
 def _attention_dk_dv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dk_ptr,
-    dv_ptr,
+    q,
+    k,
+    v,
+    dout,
+    dk,
+    dv,
     lse_ptr,
     delta_ptr,
-    stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_dob, stride_doh, stride_dom,
-    stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn,
+    score,
+    sequences,
+    scale,
     KV_HEADS,
     GROUPS,
     SEQ_Q,
     SEQ_K,
-    scale,
-    scale_log2,
-    CAUSAL_OFFSET,
-    HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    MAX_SEQ_K,
+    LEFT,
+    RIGHT,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
     NEEDS_DK: tl.constexpr,
     NEEDS_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    BLOCK_V: tl.constexpr,
+):
     """One program computes BLOCK_N rows of dk and dv of one key head, over all queries of its GROUPS heads.
 
-    Grid (cdiv(SEQ_K, BLOCK_N) * KV_HEADS * batch,), first tile of a head first: under a causal mask it is the
-    longest. Last dimensions are contiguous; lse and delta are (batch, KV_HEADS * GROUPS, SEQ_Q), contiguous.
+    Grid (cdiv(MAX_SEQ_K, BLOCK_N) * KV_HEADS * sequences,), first tile of a head first: under a causal mask it is
+    the longest. The tensors are `Rows`; lse and delta are (batch, KV_HEADS * GROUPS, SEQ_Q), contiguous.
     """
-    tile, batch, kv_head = _split_program(tl.cdiv(SEQ_K, BLOCK_N), KV_HEADS)
+    tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS)
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    seq_k, offset, low, high = _key_window(
+        batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
+    )
     first_key = tile * BLOCK_N
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    dk_ptr += batch * stride_dkb + kv_head * stride_dkh
-    dv_ptr += batch * stride_dvb + kv_head * stride_dvh
-    k = _load_rows(k_ptr, first_key, stride_kn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
-    v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin, full_begin = _query_schedule(first_key, SEQ_Q, CAUSAL_OFFSET, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    if first_key >= rows_k:
+        return
+    heads = KV_HEADS * GROUPS
+    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
+    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    dk_ptr = dk.ptr + held * dk.stride_b + kv_head * dk.stride_h + start_k * dk.stride_m
+    dv_ptr = dv.ptr + held * dv.stride_b + kv_head * dv.stride_h + start_k * dv.stride_m
+    key = _load_rows(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
+    value = _load_rows(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=True)
+    sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    sum_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    begin, full_begin, full_end, end = _query_schedule(
+        first_key, rows_q, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    if sequences.key_lengths is not None:
+        # A tile of hidden keys alone visits no query.
+        end = tl.where(first_key < seq_k, end, 0)
+        full_end = tl.where(first_key < seq_k, full_end, 0)
     for group in range(GROUPS):
         head = kv_head * GROUPS + group
-        head_q_ptr = q_ptr + batch * stride_qb + head * stride_qh
-        head_dout_ptr = dout_ptr + batch * stride_dob + head * stride_doh
-        statistics = (batch * KV_HEADS * GROUPS + head) * SEQ_Q
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, head_q_ptr, head_dout_ptr, lse_ptr + statistics, delta_ptr + statistics, first_key,
-            begin, tl.minimum(full_begin, SEQ_Q), stride_qm, stride_dom, SEQ_Q, SEQ_K, scale_log2,
-            CAUSAL_OFFSET, HEAD_DIM, IS_CAUSAL, NEEDS_DK, NEEDS_DV, True, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _accumulate_dk_dv(
-            dk, dv, k, v, head_q_ptr, head_dout_ptr, lse_ptr + statistics, delta_ptr + statistics, first_key,
-            full_begin, SEQ_Q, stride_qm, stride_dom, SEQ_Q, SEQ_K, scale_log2,
-            CAUSAL_OFFSET, HEAD_DIM, IS_CAUSAL, NEEDS_DK, NEEDS_DV, False, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
+        dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
+        statistics = (held * heads + head) * SEQ_Q + start_q
+        slope = _slope_of(score.slopes, batch, head)
+        for part in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+            first, last = _stretch(part, begin, full_begin, full_end, end)
+            sum_k, sum_v = _accumulate_dk_dv(
+                sum_k, sum_v, key, value, q_ptr, dout_ptr, lse_ptr + statistics, delta_ptr + statistics,
+                q.stride_m, dout.stride_m, score, slope, batch, head, heads, first_key, first, last,
+                rows_q, seq_k, offset, low, high, HAS_LEFT, HAS_RIGHT, NEEDS_DK, NEEDS_DV, part != 1,
+                HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
+    if sequences.key_lengths is not None:
+        # Hidden keys entered as zeros, whose weights are not.
+        counted = (first_key + tl.arange(0, BLOCK_N) < seq_k)[:, None]
+        sum_k = tl.where(counted, sum_k, 0.0)
+        sum_v = tl.where(counted, sum_v, 0.0)
     if NEEDS_DK:
-        _store_rows(dk_ptr, dk * scale, first_key, stride_dkn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _store_rows(dk_ptr, sum_k * scale, first_key, dk.stride_m, rows_k, HEAD_DIM, BLOCK_N, BLOCK_D)
     if NEEDS_DV:
-        _store_rows(dv_ptr, dv, first_key, stride_dvn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _store_rows(dv_ptr, sum_v, first_key, dv.stride_m, rows_k, V_DIM, BLOCK_N, BLOCK_V)
 
 
 def launch_dk_dv(
@@ -155,28 +193,22 @@ def launch_dk_dv(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    scale: float,
-    causal: str,
+    asked: AttentionOptions,
     config: AttentionConfig,
 ) -> None:
     batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k = k.size(1), k.size(2)
+    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     tiles = config.dk_dv
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
-    _attention_dk_dv_kernel[(triton.cdiv(seq_k, tiles.block_n) * kv_heads * batch,)](
-        q_ptr=q, k_ptr=k, v_ptr=v, dout_ptr=dout, dk_ptr=dk, dv_ptr=dv, lse_ptr=lse, delta_ptr=delta,
-        stride_qb=q.stride(0), stride_qh=q.stride(1), stride_qm=q.stride(2),
-        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_kn=k.stride(2),
-        stride_vb=v.stride(0), stride_vh=v.stride(1), stride_vn=v.stride(2),
-        stride_dob=dout.stride(0), stride_doh=dout.stride(1), stride_dom=dout.stride(2),
-        stride_dkb=dk.stride(0), stride_dkh=dk.stride(1), stride_dkn=dk.stride(2),
-        stride_dvb=dv.stride(0), stride_dvh=dv.stride(1), stride_dvn=dv.stride(2),
-        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        scale=scale, scale_log2=scale * LOG2_E.value,
-        CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
-        HEAD_DIM=head_dim, IS_CAUSAL=causal != "none", NEEDS_DK=needs_dk, NEEDS_DV=needs_dv,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim),
+    sequences, longest = asked.sequences(batch), asked.longest_k(seq_k)
+    _attention_dk_dv_kernel[(triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)](
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dk=rows_of(dk), dv=rows_of(dv),
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
+        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k, MAX_SEQ_K=longest,
+        **window_of(asked),
+        NEEDS_DK=needs_dk, NEEDS_DV=needs_dv, HEAD_DIM=head_dim, V_DIM=v_dim,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -6,14 +6,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
 from fastattn.kernels._config import AttentionConfig
-from fastattn.kernels._layout import block_d, causal_offset
-from fastattn.kernels._math import LOG2_E, _modified_scores
+from fastattn.kernels._layout import block_d
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_schedule,
+    _key_window,
+    _load_log2_sum,
     _load_rows,
+    _sequence,
     _split_program,
     _store_rows,
+    _stretch,
     _visible,
 )
 
@@ -27,97 +33,123 @@ def _accumulate_dq(
     delta,
     k_ptr,
     v_ptr,
+    stride_kn,
+    stride_vn,
+    score,
+    slope,
+    batch,
+    head,
+    HEADS,
     first_row,
     begin,
     end,
-    stride_kn,
-    stride_vn,
+    SEQ_Q,
     SEQ_K,
-    scale_log2,
-    CAUSAL_OFFSET,
-    HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    OFFSET,
+    LOW,
+    HIGH,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
     MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Adds dS K of keys begin .. end, BLOCK_N at a time, to dq (BLOCK_M, BLOCK_D)."""
-    rows = (first_row + tl.arange(0, BLOCK_M))[:, None]  # (BLOCK_M, 1)
+    rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
+    keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     for first_key in tl.range(begin, end, BLOCK_N):
-        keys = (first_key + tl.arange(0, BLOCK_N))[None, :]  # (1, BLOCK_N)
         k = _load_rows(k_ptr, first_key, stride_kn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
-        v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        weights = tl.exp2(_modified_scores(scores, rows, keys, scale_log2) - lse_log2[:, None])
+        v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        scores, cap_slope = _scores_of(
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET
+        )
+        weights = tl.exp2(scores - lse_log2[:, None])
         if MASKED:
-            weights = tl.where(_visible(rows, keys, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL), weights, 0.0)
+            visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)
+            weights = tl.where(visible, weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
         dscores = weights * (dweights - delta[:, None])
+        if score.softcap is not None:
+            dscores = dscores * cap_slope
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "CAUSAL_OFFSET"])
+@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "LEFT", "RIGHT"])
 def _attention_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dq_ptr,
+    q,
+    k,
+    v,
+    dout,
+    dq,
     lse_ptr,
     delta_ptr,
-    stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    stride_dob, stride_doh, stride_dom,
-    stride_dqb, stride_dqh, stride_dqm,
+    score,
+    sequences,
+    scale,
     HEADS,
     GROUPS,
     SEQ_Q,
     SEQ_K,
-    scale,
-    scale_log2,
-    CAUSAL_OFFSET,
+    MAX_SEQ_Q,
+    LEFT,
+    RIGHT,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program computes BLOCK_M rows of dq of one head, over all keys they see.
+    BLOCK_V: tl.constexpr,
+):
+    """One program computes BLOCK_M rows of dq of one head of one sequence, over all keys they see.
 
-    Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,), last tile of a head first. Last dimensions are contiguous; lse
-    and delta are (batch, HEADS, SEQ_Q), contiguous.
+    Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first. The tensors are `Rows`; lse and
+    delta are (batch, HEADS, SEQ_Q), contiguous; SEQ_Q and SEQ_K are the tensors'.
     """
-    tiles = tl.cdiv(SEQ_Q, BLOCK_M)
-    tile, batch, head = _split_program(tiles, HEADS)
-    first_row = (tiles - 1 - tile) * BLOCK_M
+    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
     kv_head = head // GROUPS
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    dout_ptr += batch * stride_dob + head * stride_doh
-    dq_ptr += batch * stride_dqb + head * stride_dqh
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    seq_k, offset, low, high = _key_window(
+        batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
+    )
+    first_row = (tl.cdiv(rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
+    if first_row < 0:
+        return
+    q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
+    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
+    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
+    dq_ptr = dq.ptr + held * dq.stride_b + head * dq.stride_h + start_q * dq.stride_m
+    statistics = (held * HEADS + head) * SEQ_Q + start_q
 
-    q = _load_rows(q_ptr, first_row, stride_qm, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-    dout = _load_rows(dout_ptr, first_row, stride_dom, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
+    query = _load_rows(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
+    grad = _load_rows(dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
     rows = first_row + tl.arange(0, BLOCK_M)
-    statistics = (batch * HEADS + head) * SEQ_Q + rows
-    # Beyond the last row: lse = +inf makes the weights 0.
-    lse_log2 = tl.load(lse_ptr + statistics, mask=rows < SEQ_Q, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + statistics, mask=rows < SEQ_Q, other=0.0)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    full_end, end = _key_schedule(first_row, SEQ_K, CAUSAL_OFFSET, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    dq = _accumulate_dq(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, first_row, 0, full_end, stride_kn, stride_vn, SEQ_K,
-        scale_log2, CAUSAL_OFFSET, HEAD_DIM, IS_CAUSAL, False, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, first_row, full_end, end, stride_kn, stride_vn, SEQ_K,
-        scale_log2, CAUSAL_OFFSET, HEAD_DIM, IS_CAUSAL, True, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    _store_rows(dq_ptr, dq * scale, first_row, stride_dqm, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    lse_log2 = _load_log2_sum(lse_ptr + statistics, rows, rows_q)
+    delta = tl.load(delta_ptr + statistics + rows, mask=rows < rows_q, other=0.0)
+    slope = _slope_of(score.slopes, batch, head)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin, full_begin, full_end, end = _key_schedule(
+        first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        first, last = _stretch(part, begin, full_begin, full_end, end)
+        accumulator = _accumulate_dq(
+            accumulator, query, grad, lse_log2, delta, k_ptr, v_ptr, k.stride_m, v.stride_m,
+            score, slope, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
+            HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+    _store_rows(dq_ptr, accumulator * scale, first_row, dq.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 def launch_dq(
@@ -128,24 +160,19 @@ def launch_dq(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    scale: float,
-    causal: str,
+    asked: AttentionOptions,
     config: AttentionConfig,
 ) -> None:
     batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k = k.size(1), k.size(2)
+    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     tiles = config.dq
-    _attention_dq_kernel[(triton.cdiv(seq_q, tiles.block_m) * heads * batch,)](
-        q_ptr=q, k_ptr=k, v_ptr=v, dout_ptr=dout, dq_ptr=dq, lse_ptr=lse, delta_ptr=delta,
-        stride_qb=q.stride(0), stride_qh=q.stride(1), stride_qm=q.stride(2),
-        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_kn=k.stride(2),
-        stride_vb=v.stride(0), stride_vh=v.stride(1), stride_vn=v.stride(2),
-        stride_dob=dout.stride(0), stride_doh=dout.stride(1), stride_dom=dout.stride(2),
-        stride_dqb=dq.stride(0), stride_dqh=dq.stride(1), stride_dqm=dq.stride(2),
-        HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        scale=scale, scale_log2=scale * LOG2_E.value,
-        CAUSAL_OFFSET=causal_offset(causal, seq_q, seq_k),
-        HEAD_DIM=head_dim, IS_CAUSAL=causal != "none",
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim),
+    sequences, longest = asked.sequences(batch), asked.longest_q(seq_q)
+    _attention_dq_kernel[(triton.cdiv(longest, tiles.block_m) * heads * sequences,)](
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dq=rows_of(dq),
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
+        HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k, MAX_SEQ_Q=longest,
+        **window_of(asked),
+        HEAD_DIM=head_dim, V_DIM=v_dim,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -67,12 +67,17 @@ def test_explain_agrees_with_what_runs(device: torch.device) -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (dict(attn_mask=torch.ones(4, 4, dtype=torch.bool)), "attn_mask is not fused yet"),
-        (dict(dropout_p=0.5), "dropout_p=0.5 is not fused yet"),
-        (dict(query=torch.ones(1, 4, 16)), "only 4-D"),
-        (dict(query=torch.ones(1, 2, 4, 16)), "head counts differ without enable_gqa"),
-        (dict(value=torch.ones(1, 1, 4, 8)), "k has shape"),
-        (dict(query=torch.ones(2, 1, 4, 16)), "k has batch=1, but q has batch=2"),
+        (
+            dict(attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True),
+            "attn_mask and is_causal together",
+        ),
+        (dict(attn_mask=torch.ones(4, 4).long()), "attn_mask has dtype=torch.int64"),
+        (dict(attn_mask=torch.ones(4, 4).double()), "attn_mask has dtype=torch.float64"),
+        (dict(attn_mask=torch.ones(5, 4)), "bias has shape (5, 4), which does not broadcast to (1, 1, 4, 4)"),
+        (dict(dropout_p=1.5), "dropout_p=1.5 is no number from 0 to 1"),
+        (dict(query=torch.ones(1, 6, 4, 16), key=torch.ones(1, 2, 4, 16)), "head counts differ without"),
+        (dict(value=torch.ones(1, 1, 5, 16)), "k has shape"),
+        (dict(query=torch.ones(3, 1, 4, 16), key=torch.ones(2, 1, 4, 16)), "Attempting to broadcast"),
         (dict(key=torch.ones(1, 1, 4, 16, dtype=torch.float64)), "the dtypes differ"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -87,7 +92,9 @@ def test_what_is_not_fused_goes_to_pytorch(change: dict, reason: str) -> None:
 
 def test_explain_says_why_blocks_of_pytorch_run() -> None:
     q, k = torch.ones(1, 1, 4, 16, dtype=torch.float64), torch.ones(1, 1, 6, 16, dtype=torch.float64)
-    assert "no bottom-right alignment" in fastattn.explain(q, k, k, causal="bottom_right").description
+    assert "does not take softcap" in fastattn.explain(q, k, k, softcap=2.0).description
+    long = torch.ones(1, 1, 300, 16, dtype=torch.float64)
+    assert "need a mask of all scores" in fastattn.explain(long, long, long, window=(3, 0)).description
     assert "does not return the log-sum-exp" in fastattn.explain(q, k, k, return_lse=True).description
 
 
@@ -131,9 +138,9 @@ def test_use_implementation_raises_where_it_cannot_serve() -> None:
     q = torch.ones(1, 1, 4, 16)
     with (
         fastattn.use_implementation("triton"),
-        pytest.raises(NotSupported, match="implementation='triton': attn_mask is not fused yet"),
+        pytest.raises(NotSupported, match="implementation='triton': attn_mask and is_causal together"),
     ):
-        fastattn.scaled_dot_product_attention(q, q, q, mask)
+        fastattn.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
     with (
         pytest.raises(ValueError, match="'cuda' is unknown; there are 'triton', 'torch', 'reference'"),
         fastattn.use_implementation("cuda"),

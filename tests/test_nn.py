@@ -332,13 +332,6 @@ def test_compiles_in_one_graph(masked: bool, device: torch.device) -> None:
         fastattn.nn.GELU(implementation="fast")(x)
 
 
-def test_triton_refuses_masks_by_name() -> None:
-    module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True, implementation="triton")
-    x = make_tensor(BATCH, SEQ_Q, EMBED)
-    with pytest.raises(fastattn.NotSupported, match=r"implementation='triton'.*mask"):
-        module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")))
-
-
 def test_refused_by_name() -> None:
     x = make_tensor(BATCH, SEQ_Q, EMBED)
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS)

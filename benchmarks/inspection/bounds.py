@@ -131,11 +131,11 @@ def _products(launch: Launch) -> int:
 
 def _pairs(arguments: dict[str, Any]) -> tuple[int, int]:
     """(heads of all sequences, visible scores of one)."""
-    batch, heads = arguments["q_ptr"].shape[:2]
-    seq_q, seq_k, offset = arguments["SEQ_Q"], arguments["SEQ_K"], arguments["CAUSAL_OFFSET"]
+    batch, heads = arguments["q"].ptr.shape[:2]
+    seq_q, seq_k = arguments["SEQ_Q"], arguments["SEQ_K"]
     causal: bool | str = False
-    if arguments["IS_CAUSAL"]:
-        causal = "bottom_right" if offset == seq_k - seq_q else "top_left"
+    if arguments["RIGHT"] == 0:
+        causal = "bottom_right" if arguments["BOTTOM_RIGHT"] else "top_left"
     return batch * heads, attention_pairs(seq_q, seq_k, causal)
 
 

@@ -18,24 +18,15 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastattn.kernels import _target
 from fastattn.kernels._target import KNOWN_TARGETS
 
-TRITON_TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 _SCALARS = ("fp16", "bf16", "fp32", "fp64", "i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -172,49 +163,48 @@ def _given_argument(parameter: Any, text: str) -> Any:
 
 def compile_launch(arch: str, launch: Launch) -> Any:
     """Triton's compiled kernel for a launch."""
+    target = KNOWN_TARGETS[arch]
+    gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
+    if any(isinstance(value, Argument) for value in launch.arguments.values()):
+        source = _typed_source(launch)
+    else:
+        source = _bound_source(launch, make_backend(gpu), options)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _bound_source(launch: Launch, backend: Any, options: dict[str, Any]) -> ASTSource:
+    """What Triton's own launcher makes of the arguments, tuples among them."""
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    names = [parameter.name for parameter in kernel.params]
+    given = {name: launch.arguments[name] for name in names if name in launch.arguments}
+    bound, specialization, _ = bind(**given, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _typed_source(launch: Launch) -> ASTSource:
+    """Of a launch whose run-time arguments are known by their types."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else _type(value, parameter.do_not_specialize)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
+        if isinstance(value, Argument):
+            signature[parameter.name] = value.type
+            if value.divisible_by_16:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif _divisible(value, parameter.do_not_specialize):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
-    target = KNOWN_TARGETS[arch]
-    gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-    return triton.compile(source, target=gpu, options=options)
-
-
-def _type(value: Any, do_not_specialize: bool) -> str:
-    """A run-time argument's type in a Triton signature, as Triton's own launcher would choose it."""
-    if isinstance(value, Argument):
-        return value.type
-    if isinstance(value, torch.Tensor):
-        return "*" + TRITON_TYPES[value.dtype]
-    if value is None or (isinstance(value, int) and value == 1 and not do_not_specialize):
-        return "constexpr"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _divisible(value: Any, do_not_specialize: bool) -> bool:
-    if isinstance(value, Argument):
-        return value.divisible_by_16
-    if isinstance(value, torch.Tensor):
-        return True
-    return isinstance(value, int) and value % 16 == 0 and not do_not_specialize
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def tensors_of(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The distinct tensors among a launch's arguments."""
+    """The distinct tensors among a launch's arguments, also those in tuples."""
     found: dict[int, torch.Tensor] = {}
-    for value in arguments.values():
+    for value in tree_leaves(list(arguments.values())):
         if isinstance(value, torch.Tensor):
             found.setdefault(id(value), value)
     return list(found.values())

@@ -12,6 +12,7 @@ from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import read_machine_code
+from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS
 
 
@@ -91,10 +92,11 @@ def _launch_attention(case: AttentionCase) -> None:
     from fastattn.kernels.attention_forward import attention_forward
 
     q, k, v = (t.detach() for t in case.inputs("meta"))
-    causal = str(case.causal) if case.causal else "none"
-    scale = case.head_dim**-0.5
-    out, lse = attention_forward(q, k, v, scale, causal)
-    attention_backward(torch.empty_like(out), None, q, k, v, out, lse, scale, causal, True, True, True)
+    options = AttentionOptions(
+        case.head_dim**-0.5, right=0 if case.causal else -1, bottom_right=case.causal == "bottom_right"
+    )
+    out, lse = attention_forward(q, k, v, *options)
+    attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
 
 
 def _launch_layer_norm(case: LayerNormCase) -> None:

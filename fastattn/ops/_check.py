@@ -25,8 +25,11 @@ def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> No
             raise ValueError(f"{name} is on {other.device}, but {first} is on {device}")
 
 
-def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError where (batch, heads, seq, head_dim) shapes do not fit together."""
+def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
+    """Raises ValueError where (batch, heads, seq, head_dim) shapes do not fit together.
+
+    Packed tensors have passed through `(1, heads, total, head_dim)`, and their errors speak of what was given.
+    """
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     # The usual case at once. Not while the compiler traces, which would take the comparison for a condition.
     if not torch.compiler.is_compiling() and q_shape == k_shape == v_shape and len(q_shape) == 4:
@@ -38,8 +41,9 @@ def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     batch, heads, _, head_dim = q_shape
     kv_batch, kv_heads, _, kv_head_dim = k_shape
-    if k_shape != v_shape:
-        raise ValueError(f"k has shape {tuple(k_shape)} and v {tuple(v_shape)}; they must be equal")
+    if k_shape[:3] != v_shape[:3]:
+        shown = [(s[2], s[1], s[3]) if packed else tuple(s) for s in (k_shape, v_shape)]
+        raise ValueError(f"k has shape {shown[0]} and v {shown[1]}; they may differ in the last size alone")
     if batch != kv_batch:
         raise ValueError(f"k has batch={kv_batch}, but q has batch={batch}")
     if head_dim != kv_head_dim:

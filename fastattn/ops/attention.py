@@ -1,9 +1,8 @@
-"""Softmax attention: registered operators, autograd Function, implementations, public functions."""
+"""Softmax attention: its implementations and the public function; the operators are in `_attention_operators`."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +11,17 @@ from torch.nn.functional import (
 )
 
 from fastattn import dispatch, reference
-from fastattn.dispatch import Implementation, Operation, autocasts
-from fastattn.kernels._layout import empty_rows
-from fastattn.ops._autograd import needs_graph, refuse_second_derivative
-from fastattn.ops._check import check_attention_shapes, check_floating, check_same_device
-from fastattn.ops._register import register
+from fastattn.dispatch import Implementation, Operation
+from fastattn.kernels._layout import rows_too_far
+from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
+from fastattn.ops._attention_operators import apply_attention
+from fastattn.ops._autograd import needs_graph
 
-# The widest head whose backward fits in registers and shared memory without spilling.
-_MAX_HEAD_DIM = 256
+# The widest head whose forward, and whose backward, fits in registers and shared memory.
+_MAX_HEAD_DIM = 512
+_MAX_HEAD_DIM_BACKWARD = 256
 
-# Below this many scores nobody needs to ask whether PyTorch's operator would hold them all.
+# Below this many scores nobody needs to ask whether PyTorch's operator would hold them all, or to fear for a mask.
 _FEW_SCORES = 1 << 16
 _SDPA_MATH = 0  # torch.nn.attention.SDPBackend.MATH, as torch._fused_sdp_choice returns it
 _SDPA_CHOOSES = ("cpu", "cuda", "xpu")  # where PyTorch has that function
@@ -29,128 +29,11 @@ _SDPA_CHOOSES = ("cpu", "cuda", "xpu")  # where PyTorch has that function
 # The oldest NVIDIA architecture whose shared memory holds the kernels' tiles.
 _MIN_CAPABILITY = (8, 0)
 
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: str) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return empty_rows(q), q.new_empty(q.shape[:3], dtype=wide)
-
-
-def _fake_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: str,
-    needs_dq: bool,
-    needs_dk: bool,
-    needs_dv: bool,
-) -> tuple[Tensor, ...]:
-    needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
-    return tuple(empty_rows(t) if needed else t.new_empty(0) for t, needed in needs)
-
-
-_FORWARD = "(Tensor q, Tensor k, Tensor v, float scale, str causal) -> (Tensor out, Tensor lse)"
-_BACKWARD = (
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str causal,"
-    " bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
-# One pair of operators for each way to compute: the Triton kernels, and blocks of PyTorch operators.
-_forward = {
-    "triton": register("attention_forward" + _FORWARD, "kernels.attention_forward", _fake_forward),
-    "blockwise": register("attention_blockwise_forward" + _FORWARD, "ops.attention_blockwise", _fake_forward),
-}
-_backward = {
-    "triton": register("attention_backward" + _BACKWARD, "kernels.attention_backward", _fake_backward),
-    "blockwise": register(
-        "attention_blockwise_backward" + _BACKWARD, "ops.attention_blockwise", _fake_backward
-    ),
-}
-
-
-class AttentionFunction(torch.autograd.Function):
-    """(out, lse) with gradients through both. Saves the inputs, out and lse; nothing of size seq_q x seq_k."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: str, kind: str
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward[kind](q, k, v, scale, causal)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale, ctx.causal, ctx.kind = scale, causal, kind
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        if dout is None:
-            dout = torch.zeros_like(out)
-        gradients = _backward[ctx.kind](dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, *needed)
-        if torch.is_grad_enabled():
-            gradients = refuse_second_derivative("fastattn.attention", gradients, (q, k, v, dout, dlse))
-        return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None)
-
-
-def apply_attention(
-    kind: str, q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    if scale is None:
-        scale = _default_scale(q)
-    alignment = _alignment(causal)
-    if needs_graph(q, k, v):
-        if torch.compiler.is_compiling():
-            # The compiler refuses a Function that is given one tensor twice.
-            k, v = k.view_as(k), v.view_as(v)
-        out, lse = AttentionFunction.apply(q, k, v, scale, alignment, kind)
-    else:
-        out, lse = _forward[kind](q, k, v, scale, alignment)
-    return (out, lse) if return_lse else out
-
-
-def _default_scale(q: Tensor) -> float:
-    head_dim = q.size(-1)
-    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-
-
-def _alignment(causal: bool | str) -> str:
-    """ "none", "top_left" or "bottom_right"; plain True comes with equal lengths, where the two agree."""
-    if isinstance(causal, str):
-        return causal
-    return "top_left" if causal else "none"
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
-) -> None:
-    # Asked in one expression first, because a call by keyword for each check costs a microsecond of host time.
-    if not (
-        isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-        and q.is_floating_point() and k.is_floating_point() and v.is_floating_point()
-    ):  # fmt: skip
-        check_floating(q=q, k=k, v=v)
-    check_attention_shapes(q, k, v)
-    if not q.device == k.device == v.device:
-        check_same_device("q", q, k=k, v=v)
-    if not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
-        raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if causal is False or causal == "top_left" or causal == "bottom_right":
-        return
-    if causal is not True:
-        raise ValueError(f"causal={causal!r} must be False, True, 'top_left' or 'bottom_right'")
-    if q.size(2) != k.size(2):
-        raise ValueError(
-            f"causal=True is ambiguous with seq_q={q.size(2)} and seq_k={k.size(2)}: "
-            "say causal='top_left' (PyTorch's is_causal) or causal='bottom_right' (flash-attn's)"
-        )
+Result = Tensor | tuple[Tensor, Tensor]
 
 
 def cast_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Autocast as for PyTorch's operator: every operand but float64 takes the autocast dtype."""
+    """Autocast as for PyTorch's operator: q, k and v but float64 take the autocast dtype."""
     dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -160,34 +43,96 @@ def cast_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, 
     return (q, k, v, *others)
 
 
-def refuse_triton_attention(q: Tensor, *others: Any) -> str | None:
+def run_attention(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> Result:
+    """A checked call by "triton" or "blockwise"."""
+    out, lse = apply_attention(kind, q, k, v, options_of(q, k, causal, scale, features))
+    return (out, lse) if return_lse else out
+
+
+def refuse_triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str = False,
+    scale: float | None = None,
+    features: Features | None = None,
+    return_lse: bool = False,
+) -> str | None:
     reason = dispatch.refuse_triton(q, q.dtype, _MIN_CAPABILITY)
     if reason is not None:
         return reason
-    if q.size(-1) > _MAX_HEAD_DIM:
-        return f"head_dim={q.size(-1)} is above {_MAX_HEAD_DIM}"
-    if q.size(-1) == 0:
-        return "head_dim=0 is below 1"
+    for name, width in (("head_dim", q.size(-1)), ("v's head_dim", v.size(-1))):
+        if width > _MAX_HEAD_DIM:
+            return f"{name}={width} is above {_MAX_HEAD_DIM}"
+        if width == 0:
+            return f"{name}=0 is below 1"
+        if width > _MAX_HEAD_DIM_BACKWARD and needs_graph(q, k, v):
+            return f"{name}={width} is above {_MAX_HEAD_DIM_BACKWARD}, the most with gradients"
     if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
+    if features is not None:
+        for name, plane in (("bias", features.bias), ("mask", features.mask)):
+            if plane is not None and rows_too_far(plane):
+                return f"{name}'s strides {tuple(plane.stride())} are above 2^23"
     return None
 
 
 def _blockwise_reason(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
 ) -> str | None:
     """Why PyTorch's own operator does not serve this call in linear memory, or None."""
     if return_lse:
         return "PyTorch's operator does not return the log-sum-exp"
-    if causal == "bottom_right" and q.size(2) != k.size(2) and q.size(2) != 1:
-        return "PyTorch's operator has no bottom-right alignment"
+    if features is not None:
+        asked = [name for name in _NEEDS_BLOCKS if getattr(features, name)]
+        asked += [name for name in _NEEDS_BLOCKS_TENSORS if getattr(features, name) is not None]
+        if asked:
+            return f"PyTorch's operator does not take {asked[0]}"
+        if features.bias is not None and needs_graph(features.bias):
+            return "PyTorch's operator holds all scores for the gradient of a bias"
+        if features.bias is not None and features.bias.dtype != q.dtype:
+            return f"PyTorch's operator takes no bias of {features.bias.dtype} with {q.dtype}"
+        if features.bias is not None and (causal is not False or features.mask is not None):
+            return "PyTorch's operator does not take a bias with another mask"
+        if features.deterministic and q.device.type != "cpu":
+            return "PyTorch's operator is not deterministic on every device"
     if causal is not False and scale is not None and scale <= 0:
         return f"PyTorch's operator masks before it scales, which gives NaN with scale={scale}"
-    if q.size(2) * k.size(2) <= _FEW_SCORES and not torch.compiler.is_compiling():
+    few = q.size(2) * k.size(2) <= _FEW_SCORES and not torch.compiler.is_compiling()
+    if _needs_mask(q, k, causal, features):
+        return None if few else "PyTorch's operator would need a mask of all scores"
+    if few:
         return None
-    if holds_all_scores(q, k, v, None, 0.0, causal is not False, None, q.size(1) != k.size(1)):
+    mask = None if features is None else features.bias if features.mask is None else features.mask
+    if holds_all_scores(q, k, v, mask, 0.0, causal is not False, None, q.size(1) != k.size(1)):
         return "PyTorch's operator would hold all scores at once"
     return None
+
+
+_NEEDS_BLOCKS = ("softcap", "dropout_p")
+_NEEDS_BLOCKS_TENSORS = ("alibi_slopes", "sinks", "key_lengths", "cu_seqlens_q")
+
+
+def _needs_mask(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> bool:
+    """Whether PyTorch's operator knows what a query sees only from a mask of all scores."""
+    if features is not None and (features.window is not None or (causal and features.mask is not None)):
+        return True
+    return causal == "bottom_right" and q.size(2) != k.size(2) and q.size(2) != 1
 
 
 def holds_all_scores(
@@ -219,76 +164,124 @@ def _refuse_torch(q: Tensor, *others: Any) -> str | None:
 
 
 def _run_torch(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    if _blockwise_reason(q, k, v, causal, scale, return_lse) is not None:
-        return apply_attention("blockwise", q, k, v, causal, scale, return_lse)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> Result:
+    if _blockwise_reason(q, k, v, causal, scale, features, return_lse) is not None:
+        return run_attention("blockwise", q, k, v, causal, scale, features, return_lse)
     # A single query at the bottom right sees every key.
     is_causal = causal is not False and not (causal == "bottom_right" and q.size(2) == 1)
+    mask: Tensor | None = None
+    if features is not None:
+        mask = features.mask if features.bias is None else features.bias
+    if _needs_mask(q, k, causal, features):
+        seen = _visible_keys(q, k, causal, features)
+        mask, is_causal = seen if mask is None else mask & seen, False
     grouped = False
     if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
         grouped = True
-    return torch_sdpa(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    return torch_sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
 
-def _describe_torch(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None, return_lse: bool
-) -> str:
-    reason = _blockwise_reason(q, k, v, causal, scale, return_lse)
+def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> Tensor:
+    """(seq_q, seq_k), bool: what causal and window let each query see."""
+    sizes = q.size(2), k.size(2)
+    seen = reference.causal_mask(*sizes, causal, q.device) if causal else None
+    if features is not None and features.window is not None:
+        window = reference.window_mask(*sizes, features.window, causal, q.device)
+        seen = window if seen is None else seen & window
+    assert seen is not None  # asked for where one of the two is there
+    return seen
+
+
+def _describe_torch(*arguments: Any) -> str:
+    reason = _blockwise_reason(*arguments)
     if reason is None:
         return "torch.nn.functional.scaled_dot_product_attention"
     return f"blocks of PyTorch operators in linear memory ({reason})"
 
 
-_ATTENTION = Operation(
-    "attention",
-    _check,
-    (
-        Implementation(
-            "triton",
-            run=lambda *arguments: apply_attention("triton", *arguments),
-            refuse=refuse_triton_attention,
-            describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
-        ),
-        Implementation("torch", run=_run_torch, refuse=_refuse_torch, describe=_describe_torch),
-        Implementation(
-            "reference",
-            run=lambda q, k, v, causal, scale, return_lse: reference.attention(
-                q, k, v, causal=causal, scale=scale, return_lse=return_lse
-            ),
-            refuse=lambda *arguments: None,
-            describe=lambda *arguments: "the formula in PyTorch operators, holding all scores",
-            only_by_name=True,
-        ),
+def _run_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> Result:
+    if features is None:
+        return reference.attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+    keywords = {name: getattr(features, name) for name in _REFERENCE_FEATURES}
+    keywords |= {"bias": four_dimensions(features.bias), "mask": four_dimensions(features.mask)}
+    if features.cu_seqlens_q is None or features.cu_seqlens_k is None:
+        return reference.attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse, **keywords)
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    operands = (*packed, features.cu_seqlens_q, features.cu_seqlens_k)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "return_lse": True, **keywords}
+    out, lse = reference.attention_varlen(*operands, **options)  # type: ignore[call-arg]
+    out, lse = out.transpose(0, 1)[None], lse[None]
+    return (out, lse) if return_lse else out
+
+
+_REFERENCE_FEATURES = (
+    "window", "softcap", "alibi_slopes", "sinks", "dropout_p", "key_lengths"
+)  # fmt: skip
+
+ATTENTION_IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        run=lambda *arguments: run_attention("triton", *arguments),
+        refuse=refuse_triton_attention,
+        describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
     ),
-    cast=cast_attention,
+    Implementation("torch", run=_run_torch, refuse=_refuse_torch, describe=_describe_torch),
+    Implementation(
+        "reference",
+        run=_run_reference,
+        refuse=lambda *arguments: None,
+        describe=lambda *arguments: "the formula in PyTorch operators, holding all scores",
+        only_by_name=True,
+    ),
 )
 
 
-@overload
-def attention(
+def _pack(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    causal: bool | str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    implementation: str | None = ...,
-) -> Tensor: ...
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    key_lengths: Tensor | None,
+    deterministic: bool,
+    return_lse: bool,
+) -> tuple[Any, ...]:
+    features = None
+    if (
+        window is not None or bias is not None or mask is not None or softcap is not None or sinks is not None
+        or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic
+    ):  # fmt: skip
+        features = Features(
+            window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic
+        )
+    return q, k, v, causal, scale, features, return_lse
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool | str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-    implementation: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+_ATTENTION = Operation(
+    "attention", check_attention, ATTENTION_IMPLEMENTATIONS, cast=cast_attention, pack=_pack
+)
 
 
 @_ATTENTION.public
@@ -298,48 +291,80 @@ def attention(
     v: Tensor,
     *,
     causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,  # an int, because torch.compile takes a default that is a float for an input
+    key_lengths: Tensor | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention in memory linear in the sequence.
+) -> Any:
+    r"""Softmax attention in memory linear in the sequence; every option goes with every other.
 
     .. math::
-        O_i = \sum_j P_{ij} V_j, \qquad P_{ij} = \exp(s\, Q_i \cdot K_j - L_i), \qquad
-        L_i = \log \sum_j \exp(s\, Q_i \cdot K_j)
+        O_i = \sum_j P_{ij} V_j, \qquad P_{ij} = \exp(S_{ij} - L_i), \qquad L_i = \log \sum_j \exp S_{ij}, \qquad
+        S_{ij} = c \tanh(s\, Q_i \cdot K_j / c) - a\, |i + n_k - n_q - j| + B_{ij}
 
-    with j over the keys that query i may see.
+    with j over the keys that query i may see, and without c the plain product.
 
     Args:
         q: (batch, heads, seq_q, head_dim), floating.
-        k, v: (batch, kv_heads, seq_k, head_dim) in q's dtype; kv_heads divides heads, and query head h reads
-            key head h // (heads // kv_heads) (grouped-query attention), without a repeated copy.
+        k, v: (batch, kv_heads, seq_k, head_dim) and (batch, kv_heads, seq_k, v_dim) in q's dtype; kv_heads divides
+            heads, and query head h reads key head h // (heads // kv_heads) (grouped-query attention), without a
+            repeated copy.
         causal: False; "top_left": query i sees keys j <= i, PyTorch's `is_causal`; "bottom_right": keys
             j <= i + seq_k - seq_q, flash-attn's `causal`; True where seq_q == seq_k, so that both agree.
+        window: (left, right): query i sees the keys from i - left to i + right, both included; None or -1 for no
+            end. It lies as `causal` says, and like flash-attn's at the bottom right without.
         scale: s, 1 / sqrt(head_dim) by default; any finite number.
+        bias: B, broadcastable to (batch, heads, seq_q, seq_k), floating; -inf hides a key. Its gradient has its own
+            shape, and is summed where it is made.
+        mask: broadcastable to (batch, heads, seq_q, seq_k), bool: whether a query sees a key.
+        softcap: c, a bound of the scores.
+        alibi_slopes: a, (heads,) or (batch, heads); without a gradient.
+        sinks: (heads,), floating: the score of one more key whose value is 0, so that the weights of the others add
+            up to less than 1.
+        dropout_p: probability to drop a weight, whenever it is not 0; the others are divided by 1 - dropout_p.
+        key_lengths: (batch,), int32 or int64: keys from there on are hidden, and not read. Causal masks and windows
+            lie as if they were there.
+        deterministic: gradients equal bit for bit from run to run. The kernels' always are.
         return_lse: also return L.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
     Returns:
-        O, of q's shape and dtype, and strides where q has no holes; with `return_lse` also L,
-        (batch, heads, seq_q), natural logarithm, float32 (float64 for float64), differentiable as well.
-        A query that sees no key has O = 0, L = -inf and no gradient.
+        O, (batch, heads, seq_q, v_dim) in q's dtype, laid out in memory as q is; with `return_lse` also L,
+        (batch, heads, seq_q), natural logarithm, float32 (float64 for float64), sinks counted, differentiable as
+        well. A query that sees no key has O = 0, L = -inf (or its sink) and no gradient.
 
     Raises:
-        TypeError: a tensor is not floating-point, or the dtypes differ outside autocast.
+        TypeError: a tensor has a wrong dtype, or the dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or an argument's value is unknown.
-        NotSupported: the implementation asked for cannot take the call.
+        NotSupported: the implementation asked for cannot take the call, or alibi_slopes wants a gradient.
 
     Notes:
         Triton: products of 16-bit inputs accumulate in float32, and so does the softmax; float32 products are full
-        float32, not TF32. The backward is deterministic and saves q, k, v, O and L. Any strides with a contiguous
-        last dimension are read in place; another layout is copied. A second derivative raises. PyTorch's operator,
-        where it runs, follows PyTorch's own settings.
-        Under autocast all operands are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
+        float32, not TF32. head_dim and v_dim go up to 256, without gradients to 512. The backward is deterministic
+        and saves q, k, v, O and L. Any strides with a contiguous last dimension are read in place; another layout of
+        q, k or v is copied, bias and mask never are. A second derivative raises.
+        Dropout draws a seed from PyTorch's generator of q's device: `torch.manual_seed` repeats it, and
+        `torch.utils.checkpoint` recomputes the same. The kernels and PyTorch's path drop different weights.
+        Under autocast q, k and v are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
         and forward-mode AD, calls go to PyTorch's operator, or are refused where it has no path.
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Milakov and Gimelshein, "Online normalizer
-        calculation for softmax" (2018).
+        calculation for softmax" (2018); Press et al., "Train Short, Test Long" (2022) for ALiBi; Salmon et al.,
+        "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout.
     """
-    return _ATTENTION(implementation, q, k, v, causal, scale, return_lse)
+    return _ATTENTION(
+        implementation,
+        *_pack(
+            q, k, v, causal, window, scale, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths,
+            deterministic, return_lse,
+        ),
+    )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._config import AttentionConfig, AttentionTiles, select_attention_config
-from fastattn.kernels._layout import block_d, rows_contiguous
+from fastattn.kernels._layout import block_d, rows_contiguous, rows_too_far
+from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
@@ -18,6 +19,7 @@ from tests.attention_checks import RESULTS, AttentionCase, assert_attention_accu
 
 CASE = AttentionCase(causal="bottom_right", seq_q=45, seq_k=67)
 SCALE = 0.25  # 1 / sqrt(16)
+ALL = (True, True, True, False, False)  # gradients of q, k and v
 
 
 def run(
@@ -25,13 +27,14 @@ def run(
 ) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv from the launchers."""
     q, k, v, dout, dlse = inputs.values()
-    causal = str(case.causal or "none")
-    scale = 1.0 / math.sqrt(case.head_dim)
-    out, lse = attention_forward(q, k, v, scale, causal, config)
-    gradients = attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, causal, True, True, True, config=config
-    )
-    return dict(zip(RESULTS, (out, lse, *gradients), strict=True))
+    options = options_of(case.causal, 1.0 / math.sqrt(case.head_dim))
+    out, lse = attention_forward(q, k, v, *options, config=config)
+    gradients = attention_backward(dout, dlse, q, k, v, out, lse, ALL, *options, config=config)
+    return dict(zip(RESULTS, (out, lse, *gradients[:3]), strict=True))
+
+
+def options_of(causal: bool | str = False, scale: float = SCALE) -> AttentionOptions:
+    return AttentionOptions(scale, right=0 if causal else -1, bottom_right=causal == "bottom_right")
 
 
 @pytest.mark.parametrize("shipped", [("sm_90", 64), ("sm_90", 256), ("gfx942", 128)], ids=str)
@@ -47,14 +50,14 @@ def test_shipped_tiles_are_right(shipped: tuple[str, int], device: torch.device)
 
 
 @pytest.mark.parametrize("block_m, block_n", [(16, 64), (64, 16)])
-@pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
 def test_uneven_tiles_cover_every_score(
-    block_m: int, block_n: int, causal: str, device: torch.device
+    block_m: int, block_n: int, causal: bool | str, device: torch.device
 ) -> None:
     """Tiles much longer one way than the other: several diagonal tiles a program, in both kernels' loops."""
     tiles = AttentionTiles(block_m, block_n, 1, 1)
-    config = AttentionConfig(tiles, tiles, tiles, separate_dk_dv=causal == "none", delta=tiles)
-    case = AttentionCase(seq_q=70, seq_k=90, causal=False if causal == "none" else causal)
+    config = AttentionConfig(tiles, tiles, tiles, separate_dk_dv=not causal, delta=tiles)
+    case = AttentionCase(seq_q=70, seq_k=90, causal=causal)
     inputs = case.inputs(device)
     assert_attention_accurate(case, inputs, run(case, inputs, config))
 
@@ -95,7 +98,7 @@ def test_layouts(layout: object, device: torch.device) -> None:
 
 def test_output_follows_the_strides_of_the_query(device: torch.device) -> None:
     q = make_tensor(2, 5, 3, 16, device=device).transpose(1, 2)
-    out, _ = attention_forward(q, q, q, SCALE, "none")
+    out, _ = attention_forward(q, q, q, *options_of())
     assert out.stride() == q.stride()
 
 
@@ -104,6 +107,15 @@ def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
     far = torch.empty(1, device="meta").as_strided((1, 1, 4, 16), (0, 0, 2**23, 1))
     assert rows_contiguous(near) is near
     assert rows_contiguous(far).stride(2) == 16
+
+
+def test_planes_too_far_apart_for_32_bits_are_refused() -> None:
+    """A bias or mask is never copied; strides of a dimension of size 1 do not count."""
+    memory = torch.empty(1, device="meta")
+    assert not rows_too_far(memory.as_strided((1, 1, 4, 16), (2**40, 2**40, 2**22 - 1, 1)))
+    assert rows_too_far(memory.as_strided((1, 1, 4, 16), (0, 0, 2**22, 1)))
+    assert rows_too_far(memory.as_strided((1, 1, 1, 16), (0, 0, 0, 2**22)))
+    assert not rows_too_far(memory.as_strided((1, 1, 1, 16), (0, 0, 2**40, 1)))
 
 
 def test_every_element_of_the_results_is_written(device: torch.device) -> None:
@@ -136,10 +148,11 @@ def test_only_needed_gradients_are_computed(
     full = run(CASE, inputs, config)
     q, k, v, dout, dlse = inputs.values()
     flags = [bool(need) for need in needs]
-    arguments = (dout, dlse, q, k, v, full["out"], full["lse"], SCALE, "bottom_right", *flags)
-    for name, gradient, needed in zip(
-        RESULTS[2:], attention_backward(*arguments, config=config), flags, strict=True
-    ):
+    options = options_of("bottom_right")
+    results = attention_backward(
+        dout, dlse, q, k, v, full["out"], full["lse"], [*flags, False, False], *options, config=config
+    )
+    for name, gradient, needed in zip(RESULTS[2:], results[:3], flags, strict=True):
         assert torch.equal(gradient, full[name] if needed else gradient.new_empty(0))
 
 
@@ -148,7 +161,7 @@ def test_nan_in_one_row_stays_there(device: torch.device) -> None:
     q, k, v, _, _ = CASE.inputs(device).values()
     q = q.clone()
     q[0, 1, 40] = math.nan
-    out, lse = attention_forward(q, k, v, SCALE, "none")
+    out, lse = attention_forward(q, k, v, *options_of())
     assert out[0, 1, 40].isnan().all() and lse[0, 1, 40].isnan()
     out[0, 1, 40], lse[0, 1, 40] = 0.0, 0.0
     assert out.isfinite().all() and lse.isfinite().all()
@@ -215,6 +228,7 @@ def test_more_than_2_to_31_elements() -> None:
     q = torch.randn(1, 17, 2**21, 64, device="cuda", dtype=torch.bfloat16)[:, :, :]
     assert q.numel() > 2**31
     k = torch.randn(1, 17, 64, 64, device="cuda", dtype=torch.bfloat16)
-    out, _ = attention_forward(q, k, k, 0.125, "none")
-    last, _ = attention_forward(q[:, -1:, -128:].clone(), k[:, -1:].clone(), k[:, -1:].clone(), 0.125, "none")
+    out, _ = attention_forward(q, k, k, *options_of(scale=0.125))
+    q_end, k_end = q[:, -1:, -128:].clone(), k[:, -1:].clone()
+    last, _ = attention_forward(q_end, k_end, k_end, *options_of(scale=0.125))
     assert torch.equal(out[:, -1:, -128:], last)

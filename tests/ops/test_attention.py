@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
+from fastattn.kernels._options import AttentionOptions
 from fastattn.testing import assert_accurate, make_tensor
 from tests.attention_checks import AttentionCase, check_attention, results
 
@@ -150,16 +151,22 @@ def test_compiles_whole_with_dynamic_shapes(
 
 
 @pytest.mark.parametrize("kind", ["attention", "attention_blockwise"])
-@pytest.mark.parametrize("causal", ["none", "bottom_right"])
-def test_opcheck(kind: str, causal: str, device: torch.device) -> None:
+@pytest.mark.parametrize("right", [-1, 0])
+def test_opcheck(kind: str, right: int, device: torch.device) -> None:
     q = make_tensor(1, 2, 20, 16, seed=1, device=device).transpose(1, 2).contiguous().transpose(1, 2)
     k, v = (make_tensor(1, 1, 23, 16, seed=seed, device=device) for seed in (2, 3))
     forward = getattr(torch.ops.fastattn, f"{kind}_forward").default
     backward = getattr(torch.ops.fastattn, f"{kind}_backward").default
-    torch.library.opcheck(forward, (q, k, v, 0.25, causal))
-    out, lse = forward(q, k, v, 0.25, causal)
-    torch.library.opcheck(backward, (out, lse, q, k, v, out, lse, 0.25, causal, True, True, True))
-    torch.library.opcheck(backward, (out, None, q, k, v, out, lse, 0.25, causal, False, True, False))
+    bias, sinks = make_tensor(1, 2, 1, 23, device=device), make_tensor(2, device=device)
+    for options in (
+        AttentionOptions(0.25, right=right),
+        AttentionOptions(0.25, 5, right, True, 2.0, bias=bias, sinks=sinks, mask=bias > -1),
+    ):
+        torch.library.opcheck(forward, (q, k, v, *options))
+        out, lse = forward(q, k, v, *options)
+        given = [options.bias is not None, options.sinks is not None]
+        torch.library.opcheck(backward, (out, lse, q, k, v, out, lse, [True] * 3 + given, *options))
+        torch.library.opcheck(backward, (out, None, q, k, v, out, lse, [False, True] + [False] * 3, *options))
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -234,13 +241,21 @@ def test_bad_input_names_the_value(change: dict, error: type[Exception], message
 
 
 def test_head_dim_above_the_limit_goes_to_pytorch(device: torch.device) -> None:
-    q = make_tensor(1, 1, 4, 320, device=device)
-    explanation = fastattn.explain(q, q, q)
-    assert explanation.implementation == "torch"
-    assert explanation.refusals["triton"] == "head_dim=320 is above 256"
-    torch.testing.assert_close(fastattn.attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
-    with pytest.raises(fastattn.NotSupported, match=r"implementation='triton': head_dim=320 is above 256"):
-        fastattn.attention(q, q, q, implementation="triton")
+    for head_dim, needs_gradient, reason in (
+        (520, False, "head_dim=520 is above 512"),
+        (320, True, "head_dim=320 is above 256, the most with gradients"),
+    ):
+        q = make_tensor(1, 1, 4, head_dim, device=device, requires_grad=needs_gradient)
+        explanation = fastattn.explain(q, q, q)
+        assert explanation.implementation == "torch"
+        assert explanation.refusals["triton"] == reason
+        torch.testing.assert_close(fastattn.attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+        with pytest.raises(fastattn.NotSupported, match=f"implementation='triton': {reason}"):
+            fastattn.attention(q, q, q, implementation="triton")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fastattn.attention(q, q, q, implementation="triton"), F.scaled_dot_product_attention(q, q, q)
+        )
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -284,10 +299,10 @@ def test_a_nan_gradient_of_an_empty_rows_lse_goes_nowhere(implementation: str, d
 
 def test_registered_backward_takes_any_strides_of_lse(device: torch.device) -> None:
     q, k, v = (make_tensor(2, 3, 20, 16, seed=seed, device=device) for seed in range(3))
-    out, lse = torch.ops.fastattn.attention_forward(q, k, v, 0.25, "none")
+    out, lse = torch.ops.fastattn.attention_forward(q, k, v, 0.25)
     turned = lse.transpose(1, 2).contiguous().transpose(1, 2)
     found, expected = (
-        torch.ops.fastattn.attention_backward(out, None, q, k, v, out, given, 0.25, "none", True, True, True)
+        torch.ops.fastattn.attention_backward(out, None, q, k, v, out, given, [True] * 5, 0.25)
         for given in (turned, lse)
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -315,11 +330,12 @@ def test_what_pytorch_would_hold_whole_goes_in_blocks() -> None:
     assert "attention_blockwise_forward" in graphs[0].code
 
 
-@pytest.mark.parametrize("seq_q", [1, 4])
+@pytest.mark.parametrize("seq_q", [1, 4, 200])
 def test_torch_at_the_bottom_right(seq_q: int) -> None:
-    """A single query sees every key, so that PyTorch's operator serves it; more of them need blocks."""
-    q, k = torch.randn(1, 1, seq_q, 8), torch.randn(1, 1, 9, 8)
+    """A single query sees every key, and a few get a mask; many queries go in blocks."""
+    seq_k = 400
+    q, k = torch.randn(1, 1, seq_q, 8), torch.randn(1, 1, seq_k, 8)
     found = fastattn.attention(q, k, k, causal="bottom_right", implementation="torch")
     torch.testing.assert_close(found, fastattn.reference.attention(q, k, k, causal="bottom_right"))
     description = fastattn.explain(q, k, k, causal="bottom_right", implementation="torch").description
-    assert description.startswith("torch.nn" if seq_q == 1 else "blocks")
+    assert description.startswith("torch.nn" if seq_q * seq_k <= 1 << 16 else "blocks")

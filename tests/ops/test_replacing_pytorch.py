@@ -82,13 +82,21 @@ def test_scale_is_a_keyword() -> None:
         fastattn.scaled_dot_product_attention(q, q, q, None, 0.0, False, 0.5)
 
 
-def test_explain_says_when_pytorch_holds_all_scores() -> None:
+def test_what_pytorch_would_hold_whole_goes_in_blocks() -> None:
+    """Dropout, or a mask that wants a gradient: PyTorch's function has no path of linear memory for them."""
     q = torch.randn(1, 1, 512, 16)
-    calls = dict(dropped=dict(dropout_p=0.1), plain={})
+    calls = {
+        "dropped": dict(dropout_p=0.1),
+        "learned": dict(attn_mask=torch.zeros(512, 512, requires_grad=True)),
+        "plain": {},
+    }
     with fastattn.use_implementation("torch"):
         said = {
             name: fastattn.explain(fastattn.scaled_dot_product_attention, q, q, q, **keywords).description
             for name, keywords in calls.items()
         }
-    assert said["dropped"].endswith(", holding all scores at once")
+        found = fastattn.scaled_dot_product_attention(q, q, q, calls["learned"]["attn_mask"])
+    assert said["dropped"] == said["learned"]
+    assert said["learned"].startswith("blocks of PyTorch operators in linear memory")
     assert said["plain"] == "torch.nn.functional.scaled_dot_product_attention"
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q))

@@ -1,0 +1,123 @@
+"""Kernel arguments in tuples: a tensor with its strides, and all that modifies a score.
+
+Triton flattens a tuple, and compiles a field that is None away: `if score.bias is not None` costs nothing in a
+kernel without a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels._options import AttentionOptions
+
+LOG2_E = 1.4426950408889634
+
+
+class Rows(NamedTuple):
+    """A tensor (batch, heads, seq, width) whose last dimension is contiguous."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+
+
+class Plane(NamedTuple):
+    """A tensor (batch, heads, seq_q, seq_k); a stride is 0 where it is broadcast."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+    stride_n: Any
+
+
+class Vectors(NamedTuple):
+    """A tensor (batch, heads)."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Dropout(NamedTuple):
+    """Seed and offset, two int64; the probability to drop; what multiplies the weights that are kept."""
+
+    seed_ptr: Any
+    probability: Any
+    kept_scale: Any
+
+
+class Score(NamedTuple):
+    """What becomes of a product q . k, see `fastattn.kernels._scores`; a field is None where nothing is asked for.
+
+    `scale` gives the score in base 2, or with `softcap` the argument of tanh, whose result `softcap` turns into one.
+    """
+
+    scale: Any
+    softcap: Any
+    slopes: Any
+    bias: Any
+    mask: Any
+    dropout: Any
+
+
+class Sequences(NamedTuple):
+    """Where sequences begin, in packed tensors, and how many keys of each count; None where all are full."""
+
+    starts_q: Any
+    starts_k: Any
+    key_lengths: Any
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def plane_of(tensor: Tensor) -> Plane:
+    """Of a 4-D tensor some of whose sizes may be 1."""
+    return Plane(
+        tensor, *(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+
+
+def score_of(options: AttentionOptions) -> Score:
+    scale, softcap = options.scale * LOG2_E, None
+    if options.softcap:
+        scale, softcap = options.scale / options.softcap, options.softcap * LOG2_E
+    slopes = options.alibi_slopes
+    return Score(
+        scale,
+        softcap,
+        None
+        if slopes is None
+        else Vectors(slopes, 0 if slopes.size(0) == 1 else slopes.stride(0), slopes.stride(1)),
+        None if options.bias is None else plane_of(options.bias),
+        None if options.mask is None else plane_of(options.mask.view(torch.uint8)),
+        _dropout_of(options),
+    )
+
+
+def _dropout_of(options: AttentionOptions) -> Dropout | None:
+    if options.dropout_p == 0.0 or options.dropout_seed is None:
+        return None
+    p = options.dropout_p
+    return Dropout(options.dropout_seed, p, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def sequences_of(options: AttentionOptions) -> Sequences:
+    return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, options.key_lengths)
+
+
+def window_of(options: AttentionOptions) -> dict[str, int | bool]:
+    """The kernels' arguments that say which keys a query sees."""
+    return {
+        "LEFT": options.left,
+        "RIGHT": options.right,
+        "HAS_LEFT": options.left >= 0,
+        "HAS_RIGHT": options.right >= 0,
+        "BOTTOM_RIGHT": options.bottom_right,
+    }

@@ -1,0 +1,70 @@
+"""What becomes of a product q . k before the softmax: the one place where a score is modified, forward and backward."""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels._math import LOG2_E, _tanh
+
+# Salmon et al. (2011), table 2: the fewest rounds of Philox-4x32 without known statistical flaws.
+_PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def _slope_of(slopes, batch, head):
+    """A head's ALiBi slope in base 2; 0 without slopes."""
+    if slopes is None:
+        return 0.0
+    else:
+        return tl.load(slopes.ptr + batch * slopes.stride_b + head * slopes.stride_h) * LOG2_E
+
+
+@triton.jit
+def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OTHER: tl.constexpr):
+    """A tile of a (batch, heads, seq_q, seq_k) tensor; rows and keys count within the tile and broadcast."""
+    corner = plane.ptr + batch * plane.stride_b + head * plane.stride_h
+    corner += tl.cast(first_row, tl.int64) * plane.stride_m + tl.cast(first_key, tl.int64) * plane.stride_n
+    inside = (first_row + rows < SEQ_Q) & (first_key + keys < SEQ_K)
+    return tl.load(corner + (rows * plane.stride_m + keys * plane.stride_n), mask=inside, other=OTHER)
+
+
+@triton.jit
+def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET):
+    """(scores in base 2, d score / d (scale * product)) of a tile of products, in its own orientation.
+
+    rows and keys count within the tile, shaped to broadcast against the products. The second result is the
+    derivative of the soft cap, 1.0 without one. A masked score is -inf; what lies beyond SEQ_Q or SEQ_K is not.
+    """
+    scores = products * score.scale
+    cap_slope = 1.0
+    if score.softcap is not None:
+        bent = _tanh(scores)
+        cap_slope = 1.0 - bent * bent
+        scores = bent * score.softcap
+    if score.slopes is not None:
+        distance = (first_row + OFFSET - first_key) + (rows - keys)
+        scores -= tl.abs(distance).to(tl.float32) * slope
+    if score.bias is not None:
+        bias = _load_plane(score.bias, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0.0)
+        scores += bias.to(tl.float32) * LOG2_E
+    if score.mask is not None:
+        mask = _load_plane(score.mask, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0)
+        scores = tl.where(mask != 0, scores, float("-inf"))
+    return scores, cap_slope
+
+
+@triton.jit
+def _dropped(weights, dropout, batch, head, HEADS, first_row, first_key, rows, keys):
+    """Weights, or their gradients, with dropout: 0, or 1 / (1 - probability) times what they were.
+
+    Philox (Salmon et al., 2011) with the place of a score as its counter: (key, row, batch * HEADS + head, offset).
+    Forward and backward draw the same whatever their tiles.
+    """
+    if dropout is None:
+        return weights
+    else:
+        seed = tl.load(dropout.seed_ptr)
+        offset = tl.load(dropout.seed_ptr + 1).to(tl.int32)
+        place = (batch * HEADS + head).to(tl.int32)
+        random, _, _, _ = tl.philox(seed, first_key + keys, first_row + rows, place, offset, _PHILOX_ROUNDS)
+        kept = tl.uint_to_uniform_float(random) >= dropout.probability
+        return tl.where(kept, weights * dropout.kept_scale, 0.0)

@@ -1,0 +1,214 @@
+"""Attention, backward for the bias: dB = dS, summed over every dimension in which the bias is broadcast.
+
+One program takes a tile of the bias and walks all scores that read it, so that nothing is added up across programs:
+no atomics, the same bits from run to run, and no memory but the gradient's own. It computes the scores and dP once
+more: two products beside the seven of dq, dk and dv (see attention_backward).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels._arguments import plane_of, rows_of, score_of, sequences_of, window_of
+from fastattn.kernels._config import AttentionConfig
+from fastattn.kernels._layout import block_d
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
+from fastattn.kernels._tiles import (
+    _key_window,
+    _load_log2_sum,
+    _load_rows,
+    _query_schedule,
+    _sequence,
+    _visible,
+)
+
+
+@triton.jit
+def _accumulate_dbias(
+    total,
+    q,
+    k,
+    v,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    score,
+    sequences,
+    batch,
+    head,
+    HEADS,
+    GROUPS,
+    SEQ_Q,
+    SEQ_K,
+    LEFT,
+    RIGHT,
+    tile_row,
+    tile_key,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Adds one head's dS to total (BLOCK_M, BLOCK_N): of the tile alone, or of all its rows or keys too."""
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    seq_k, offset, low, high = _key_window(
+        batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
+    )
+    kv_head = head // GROUPS
+    q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
+    dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
+    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
+    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    statistics = (held * HEADS + head) * SEQ_Q + start_q
+    slope = _slope_of(score.slopes, batch, head)
+    rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
+    keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
+    last_key = seq_k if ALL_KEYS else tl.minimum(seq_k, tile_key + BLOCK_N)
+    for first_key in tl.range(tile_key, last_key, BLOCK_N):
+        key = _load_rows(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
+        value = _load_rows(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=True)
+        begin, _full_begin, _full_end, end = _query_schedule(
+            first_key, rows_q, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        )
+        if not ALL_ROWS:
+            begin = tl.maximum(begin, tile_row)
+            end = tl.minimum(end, tile_row + BLOCK_M)
+        for first_row in tl.range(begin, end, BLOCK_M):
+            query = _load_rows(
+                q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True
+            )
+            grad = _load_rows(
+                dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True
+            )
+            places = first_row + tl.arange(0, BLOCK_M)
+            lse_log2 = _load_log2_sum(lse_ptr + statistics, places, rows_q)
+            delta = tl.load(delta_ptr + statistics + places, mask=places < rows_q, other=0.0)
+            products = tl.dot(query, tl.trans(key), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            scores, _cap_slope = _scores_of(
+                products, score, slope, batch, head, first_row, first_key, rows, keys, rows_q, seq_k, offset
+            )
+            visible = _visible(first_row + rows, first_key + keys, seq_k, low, high, HAS_LEFT, HAS_RIGHT)
+            weights = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
+            dweights = tl.dot(grad, tl.trans(value), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
+            total += weights * (dweights - delta[:, None])
+    return total
+
+
+@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "SEQUENCES", "LEFT", "RIGHT", "BIAS_Q", "BIAS_K"])
+def _attention_dbias_kernel(
+    q,
+    k,
+    v,
+    dout,
+    dbias,
+    lse_ptr,
+    delta_ptr,
+    score,
+    sequences,
+    SEQUENCES,
+    HEADS,
+    GROUPS,
+    SEQ_Q,
+    SEQ_K,
+    BIAS_Q,
+    BIAS_K,
+    LEFT,
+    RIGHT,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    ALL_BATCHES: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program computes a tile of dbias, (BIAS_Q, BIAS_K) of one of its heads and batches.
+
+    Grid (tiles of keys * tiles of rows * heads * batches of the bias,), keys fastest. ALL_*: the bias has the size 1
+    in that dimension, and the program walks all of it.
+    """
+    program = tl.program_id(0)
+    tiles_k = 1 if ALL_KEYS else tl.cdiv(BIAS_K, BLOCK_N)
+    tiles_q = 1 if ALL_ROWS else tl.cdiv(BIAS_Q, BLOCK_M)
+    tile_key = program % tiles_k * BLOCK_N
+    tile_row = program // tiles_k % tiles_q * BLOCK_M
+    plane = program // tiles_k // tiles_q
+    bias_head = plane * 0 if ALL_HEADS else plane % HEADS
+    bias_batch = plane if ALL_HEADS else plane // HEADS
+    last_head = HEADS if ALL_HEADS else bias_head + 1
+    last_batch = SEQUENCES if ALL_BATCHES else bias_batch + 1
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for batch in range(bias_batch, last_batch):
+        for head in range(bias_head, last_head):
+            total = _accumulate_dbias(
+                total, q, k, v, dout, lse_ptr, delta_ptr, score, sequences,
+                tl.cast(batch, tl.int64), tl.cast(head, tl.int64), HEADS, GROUPS, SEQ_Q, SEQ_K, LEFT, RIGHT,
+                tile_row, tile_key, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, ALL_ROWS, ALL_KEYS,
+                HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    keys = tl.arange(0, BLOCK_N)[None, :]
+    if ALL_ROWS:
+        total = tl.sum(total, 0, keep_dims=True)
+        rows = tl.zeros((1, 1), tl.int32)
+    if ALL_KEYS:
+        total = tl.sum(total, 1, keep_dims=True)
+        keys = tl.zeros((1, 1), tl.int32)
+    corner = (
+        dbias.ptr
+        + tl.cast(bias_batch, tl.int64) * dbias.stride_b
+        + tl.cast(bias_head, tl.int64) * dbias.stride_h
+    )
+    corner += tl.cast(tile_row, tl.int64) * dbias.stride_m + tl.cast(tile_key, tl.int64) * dbias.stride_n
+    inside = (tile_row + rows < BIAS_Q) & (tile_key + keys < BIAS_K)
+    offsets = rows * dbias.stride_m + keys * dbias.stride_n
+    tl.store(corner + offsets, total.to(dbias.ptr.dtype.element_ty), mask=inside)
+
+
+def launch_dbias(
+    dbias: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    asked: AttentionOptions,
+    config: AttentionConfig,
+) -> None:
+    batch, heads, seq_q, head_dim = q.shape
+    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
+    bias_batch, bias_heads, bias_q, bias_k = dbias.shape
+    tiles, sequences = config.dbias, asked.sequences(batch)
+    programs = (
+        triton.cdiv(bias_q, tiles.block_m) * triton.cdiv(bias_k, tiles.block_n) * bias_heads * bias_batch
+    )
+    _attention_dbias_kernel[(programs,)](
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dbias=plane_of(dbias),
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked),
+        SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
+        BIAS_Q=bias_q, BIAS_K=bias_k,
+        **window_of(asked),
+        ALL_BATCHES=bias_batch == 1, ALL_HEADS=bias_heads == 1, ALL_ROWS=bias_q == 1, ALL_KEYS=bias_k == 1,
+        HEAD_DIM=head_dim, V_DIM=v_dim,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
