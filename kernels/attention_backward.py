@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of
-from fastattn.kernels._config import AttentionConfig, select_attention_config
+from fastattn.kernels._config import AttentionConfig, score_load, select_attention_config
 from fastattn.kernels._layout import block_d, empty_gradient, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
@@ -104,7 +104,8 @@ def attention_backward(
     q, k, v, out, dout = (rows_contiguous(t) for t in (q, k, v, out, dout))
     lse = lse.contiguous()
     if config is None:
-        config = select_attention_config(max(q.size(3), v.size(3)), q.dtype, _target.target_of(q.device))
+        target = _target.target_of(q.device)
+        config = select_attention_config(max(q.size(3), v.size(3)), q.dtype, target, score_load(asked))
     if q.numel() == 0 or asked.sequences(q.size(0)) == 0:
         return dq, dk, dv, dbias, dsinks
     with _target.launching_on(q):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._config import AttentionConfig, select_attention_config
+from fastattn.kernels._config import AttentionConfig, score_load, select_attention_config
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
@@ -188,7 +188,8 @@ def attention_forward(
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if config is None:
-        config = select_attention_config(max(head_dim, v_dim), q.dtype, _target.target_of(q.device))
+        target = _target.target_of(q.device)
+        config = select_attention_config(max(head_dim, v_dim), q.dtype, target, score_load(asked))
     tiles = config.forward
     longest = asked.longest_q(seq_q)
     grid = (triton.cdiv(longest, tiles.block_m) * heads * asked.sequences(batch),)
