@@ -21,7 +21,7 @@ from fastattn.testing import make_tensor
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-# Results are compared on this many leading rows: enough to see an error, little enough to move to the host.
+# Results are compared on this many rows: enough to see an error, little enough to move to the host.
 _CHECKED_ROWS = 256
 
 
@@ -42,8 +42,8 @@ class Case(Protocol):
     def part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What is compared of (output, *gradients): little, and telling."""
 
-    def sample(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Of (output's gradient, *inputs), what that part can be computed from."""
+    def samples(self, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Of (output's gradient, *inputs), pieces from which that part can be computed, one piece at a time."""
 
 
 def shape_of(case: Any) -> dict[str, Any]:
@@ -51,12 +51,38 @@ def shape_of(case: Any) -> dict[str, Any]:
     return {name: DTYPE_NAMES.get(value, value) for name, value in asdict(case).items()}
 
 
-def _leading_rows(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t[:_CHECKED_ROWS] if t.dim() > 1 else t for t in results)
+def draw(
+    *shape: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> Tensor:
+    """Standard normal values, the same for a seed on every call.
+
+    On a GPU they are drawn there and so are others than on a CPU: the largest inputs take seconds on the host.
+    """
+    if torch.device(device).type != "cuda":
+        return make_tensor(*shape, dtype=dtype, device=device, requires_grad=requires_grad, seed=seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    return values.requires_grad_(requires_grad)
 
 
-def _everything(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return given
+def _spread_rows(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rows at equal distances, the first and the last among them; all of what has one dimension."""
+    return tuple(_rows_of(t) if t.dim() > 1 else t for t in results)
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    rows = tensor.flatten(0, -2)
+    count = min(_CHECKED_ROWS, len(rows))
+    chosen = [index * (len(rows) - 1) // max(1, count - 1) for index in range(count)]
+    return rows[torch.tensor(chosen, dtype=torch.long, device=rows.device)]
+
+
+def _everything(given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    return [given]
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,7 @@ class AttentionCase:
         batch, heads, kv_heads, seq_q, seq_k, head_dim = self.shape
         sizes = ((heads, seq_q), (kv_heads, seq_k), (kv_heads, seq_k))
         return tuple(
-            make_tensor(batch, h, s, head_dim, dtype=self.dtype, device=device, requires_grad=True, seed=seed)
+            draw(batch, h, s, head_dim, dtype=self.dtype, device=device, requires_grad=True, seed=seed)
             for seed, (h, s) in enumerate(sizes)
         )
 
@@ -102,12 +128,15 @@ class AttentionCase:
         return out if isinstance(out, Tensor) else out[0]
 
     def part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One key head of one sequence with its queries: heads are independent."""
+        """The first key head with its queries, of the first sequence, and the last one of the last."""
+        return tuple(torch.cat(pair) for pair in zip(*self.samples(results), strict=True))
+
+    def samples(self, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Heads are independent of each other, so each of the two is computed from its own part."""
         _, heads, kv_heads, *_ = self.shape
         counts = (heads // kv_heads,) * 2 + (1, 1)
-        return tuple(t[:1, :count] for t, count in zip(results, counts, strict=False))
-
-    sample = part
+        pairs = list(zip(given, counts, strict=False))
+        return [tuple(t[:1, :count] for t, count in pairs), tuple(t[-1:, -count:] for t, count in pairs)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +157,7 @@ class LayerNormCase:
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         shapes = ((self.rows, self.width), (self.width,), (self.width,))[: 3 if self.affine else 1]
         return tuple(
-            make_tensor(*shape, dtype=self.dtype, device=device, requires_grad=True, seed=seed)
+            draw(*shape, dtype=self.dtype, device=device, requires_grad=True, seed=seed)
             for seed, shape in enumerate(shapes)
         )
 
@@ -136,8 +165,8 @@ class LayerNormCase:
         weight, bias = tensors[1:] or (None, None)
         return reference.layer_norm(tensors[0], self.width, weight, bias)
 
-    part = staticmethod(_leading_rows)
-    sample = staticmethod(_everything)
+    part = staticmethod(_spread_rows)
+    samples = staticmethod(_everything)
 
 
 @dataclass(frozen=True)
@@ -157,14 +186,14 @@ class GeluCase:
         return f"{DTYPE_NAMES[self.dtype]}-{form}-{self.rows}x{self.width}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return (make_tensor(self.rows, self.width, dtype=self.dtype, device=device, requires_grad=True),)
+        return (draw(self.rows, self.width, dtype=self.dtype, device=device, requires_grad=True),)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         (x,) = tensors
         return reference.gelu(x, self.approximate)
 
-    part = staticmethod(_leading_rows)
-    sample = staticmethod(_everything)
+    part = staticmethod(_spread_rows)
+    samples = staticmethod(_everything)
 
 
 @dataclass(frozen=True)
@@ -187,7 +216,7 @@ class MlpCase:
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         width, hidden = self.width, self.hidden
         x, *parameters = (
-            make_tensor(*shape, dtype=self.dtype, device=device, seed=seed)
+            draw(*shape, dtype=self.dtype, device=device, seed=seed)
             for seed, shape in enumerate(
                 ((self.rows, width), (hidden, width), (hidden,), (width, hidden), (width,))
             )
@@ -201,8 +230,8 @@ class MlpCase:
         x, w1, b1, w2, b2 = tensors
         return F.linear(reference.gelu(F.linear(x, w1, b1), self.approximate), w2, b2)
 
-    part = staticmethod(_leading_rows)
-    sample = staticmethod(_everything)
+    part = staticmethod(_spread_rows)
+    samples = staticmethod(_everything)
 
 
 @dataclass(frozen=True)
@@ -220,7 +249,7 @@ class LossCase:
         return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.vocabulary}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        return (make_tensor(self.rows, self.vocabulary, dtype=self.dtype, device=device, requires_grad=True),)
+        return (draw(self.rows, self.vocabulary, dtype=self.dtype, device=device, requires_grad=True),)
 
     def targets(self, device: torch.device | str) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -237,8 +266,8 @@ class LossCase:
         chosen = wide.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
         return ((torch.logsumexp(wide, 1) - chosen) * kept).sum().div(kept.sum()).to(logits.dtype)
 
-    part = staticmethod(_leading_rows)
-    sample = staticmethod(_everything)
+    part = staticmethod(_spread_rows)
+    samples = staticmethod(_everything)
 
 
 @dataclass(frozen=True)
@@ -264,16 +293,14 @@ class BlockCase:
         return Block(config, causal=True).to(device, self.dtype)
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        x = make_tensor(
-            self.batch, self.seq_len, self.width, dtype=self.dtype, device=device, requires_grad=True
-        )
+        x = draw(self.batch, self.seq_len, self.width, dtype=self.dtype, device=device, requires_grad=True)
         return (x, *self.block("naive", device).parameters())
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return call_block(self.block("naive", "meta"), *tensors)
 
-    part = staticmethod(_leading_rows)
-    sample = staticmethod(_everything)
+    part = staticmethod(_spread_rows)
+    samples = staticmethod(_everything)
 
 
 def call_block(block: Block, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -7,21 +7,30 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OpCase, shape_of
+from benchmarks.cases import OpCase, draw, shape_of
 from benchmarks.costs import operation_cost
 from benchmarks.environment import clocks
 from benchmarks.memory import peak_memory
-from benchmarks.providers import BASELINES, PROVIDERS, Absent, Function
-from benchmarks.timing import Timer, interleave, make_timer, summarize, synchronize, time_ratio
+from benchmarks.providers import BASELINES, NOTES, PROVIDERS, Absent, Function
+from benchmarks.timing import (
+    Timer,
+    interleave,
+    make_timer,
+    summarize,
+    synchronize,
+    time_ratio,
+    waits_for_device,
+)
 from fastattn import NotSupported
-from fastattn.testing import assert_accurate, make_tensor
+from fastattn.testing import assert_accurate
 
 Row = dict[str, Any]
 
@@ -43,15 +52,32 @@ class Inputs:
     grad_output: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        # Each case compiles anew: without this the ninth would silently run eagerly, and with it in a provider, the
+        # provider before would lose its code.
+        torch._dynamo.reset()
         self.tensors = self.case.inputs(self.device)
-        self._kept = [tensor.detach().clone() for tensor in self.tensors]
         with torch.no_grad():
             out = self.case.reference(*(torch.empty_like(t, device="meta") for t in self.tensors))
-        self.grad_output = make_tensor(*out.shape, dtype=out.dtype, device=self.device, seed=9)
-        grad, *tensors = self.case.sample((self.grad_output, *(t.detach() for t in self.tensors)))
-        reference, part = self.case.reference, self.case.part
-        self._truth = part(_run_both(reference, [t.double() for t in tensors], grad.double()))
-        self._peer = part(_run_both(reference, tensors, grad))
+        if out.dim() == 0:  # a loss, whose backward() begins with 1; kernels may take that for granted
+            self.grad_output = torch.ones((), dtype=out.dtype, device=self.device)
+        else:
+            self.grad_output = draw(*out.shape, dtype=out.dtype, device=self.device, seed=9).detach()
+        self._kept = [t.detach().clone() for t in (*self.tensors, self.grad_output)]
+        self._truth = self._expected(torch.float64)
+        self._peer = self._expected(None)
+
+    def _expected(self, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """What is compared of the formula's result and gradients, in this dtype or the case's own."""
+        given = (self.grad_output, *(t.detach() for t in self.tensors))
+        pieces = [
+            _run_both(
+                self.case.reference, [t.to(dtype or t.dtype) for t in tensors], grad.to(dtype or grad.dtype)
+            )
+            for grad, *tensors in self.case.samples(given)
+        ]
+        whole = pieces[0] if len(pieces) == 1 else tuple(torch.cat(t) for t in zip(*pieces, strict=True))
+        # A view would keep all of a large float64 tensor alive while providers are timed.
+        return tuple(t.clone() for t in self.case.part(whole))
 
     def call(self, function: Function, direction: str) -> Callable[[], tuple[Tensor, ...]]:
         """The function on these inputs, without a graph, or with the gradients of every input."""
@@ -71,21 +97,37 @@ class Inputs:
 
     def check(self, function: Function, direction: str) -> None:
         """Asserts that the result, and the gradients where asked for, are as exact as the naive formula's."""
-        results = self.case.part(self.call(function, direction)())
-        self._restore_overwritten()
+        try:
+            results = self.call(function, direction)()
+        finally:
+            overwritten = self._restore_overwritten()
+        assert not overwritten, f"it overwrote {overwritten[0]}"
         names = ("output", *(f"gradient {index}" for index in range(len(self.tensors))))
+        for name, result, like in zip(names, results, (self.grad_output, *self.tensors), strict=False):
+            _check_whole(name, result, like)
         rows = math.prod(self.tensors[0].shape[:-1])
-        for name, actual, peer, truth in zip(names, results, self._peer, self._truth, strict=False):
+        compared = self.case.part(results)
+        for name, actual, peer, truth in zip(names, compared, self._peer, self._truth, strict=False):
             # A parameter's gradient is a sum over all rows, and its rounding grows with their root.
             of_parameter = 1 <= actual.dim() <= 2 and name not in ("output", "gradient 0")
             assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows) if of_parameter else 1.0)
 
-    def _restore_overwritten(self) -> None:
-        """Asserts that the inputs are what they were; they are again in any case, for the next provider."""
-        changed = [i for i, (t, k) in enumerate(zip(self.tensors, self._kept, strict=True)) if not t.equal(k)]
-        for index in changed:
-            self.tensors[index].data.copy_(self._kept[index])
-        assert not changed, f"it overwrote input {changed[0]}"
+    def _restore_overwritten(self) -> list[str]:
+        """Makes what every provider is given what it was again, and names what was not."""
+        names = (*(f"input {index}" for index in range(len(self.tensors))), "the output's gradient")
+        changed = []
+        for name, tensor, kept in zip(names, (*self.tensors, self.grad_output), self._kept, strict=True):
+            if not tensor.equal(kept):
+                tensor.data.copy_(kept)
+                changed.append(name)
+        return changed
+
+
+def _check_whole(name: str, result: Tensor, like: Tensor) -> None:
+    """Asserts of a whole result what can be seen without its truth, of which only a part is computed."""
+    assert result.shape == like.shape, f"{name} has shape {tuple(result.shape)}, not {tuple(like.shape)}"
+    assert result.dtype == like.dtype, f"{name} has {result.dtype}, not {like.dtype}"
+    assert result.isfinite().all(), f"{name} holds infinities or NaN"
 
 
 class Failed(Exception):
@@ -116,19 +158,41 @@ def prepare(inputs: Inputs, name: str, direction: str) -> Callable[[], tuple[Ten
     try:
         function = PROVIDERS[inputs.case.operation][name](inputs.case, inputs.device)
         inputs.check(function, direction)
-    except Absent:
-        raise
-    except (NotSupported, ImportError) as refusal:
-        raise Absent(first_line(refusal)) from refusal
-    except AssertionError as error:
-        raise Failed("wrong", first_line(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise Failed("out of memory", "out of memory") from error
     except Exception as error:  # whatever a kernel raises is that row's result, and the next row runs
-        if isinstance(error, RuntimeError) and _REFUSED.search(str(error)):
-            raise Absent(first_line(error)) from error
-        raise Failed("failed", f"{type(error).__name__}: {first_line(error)}") from error
+        raise failure_of(error) from error
     return inputs.call(function, direction)
+
+
+def failure_of(error: Exception) -> Absent | Failed:
+    """What an error says of the provider that raised it."""
+    if isinstance(error, (Absent, Failed)):
+        return error
+    refused = isinstance(error, RuntimeError) and _REFUSED.search(str(error))
+    if refused or isinstance(error, (NotSupported, ImportError)):
+        return Absent(first_line(error))
+    if isinstance(error, AssertionError):
+        return Failed("wrong", first_line(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failed("out of memory", "out of memory")
+    return Failed("failed", f"{type(error).__name__}: {first_line(error)}")
+
+
+def record_failure(row: Row, error: Exception) -> None:
+    """Makes an error the row's result."""
+    failure = failure_of(error)
+    if isinstance(failure, Failed):
+        row |= {"status": failure.status, "reason": failure.reason}
+    else:
+        row |= {"status": "absent", "reason": str(failure)}
+
+
+@contextmanager
+def failing(row: Row) -> Iterator[None]:
+    """Within the block, an error is this row's result and keeps no other row from being measured."""
+    try:
+        yield
+    except Exception as error:
+        record_failure(row, error)
 
 
 def first_line(error: BaseException) -> str:
@@ -152,41 +216,70 @@ def measure_case(
     names = tuple(PROVIDERS[case.operation]) if names is None else names
     inputs = Inputs(case, device)
     for direction in directions:
-        rows: dict[str, Row] = {}
+        rows = {name: _empty_row(case, direction, name) for name in names}
         calls: dict[str, Callable[[], Any]] = {}
         for name in names:
-            rows[name] = {
-                "operation": case.operation,
-                "case": case.name,
-                "shape": shape_of(case),
-                "direction": direction,
-                "provider": name,
-                "status": "ok",
-            }
-            try:
+            with failing(rows[name]):
                 calls[name] = prepare(inputs, name, direction)
-            except Absent as absence:
-                rows[name] |= {"status": "absent", "reason": str(absence)}
-            except Failed as failure:
-                rows[name] |= {"status": failure.status, "reason": failure.reason}
-        samples = interleave(with_repeat(calls), timer, rounds)
+        samples = timed(calls, rows, timer, rounds)
         for name, call in calls.items():
-            rows[name] |= figures(name, samples)
-            rows[name] |= rates(case, direction, rows[name]["median_ms"])
-            rows[name] |= clocks_under_load(call, rows[name]["median_ms"], device)
-            rows[name]["host_us"] = host_time(call, device)
-            rows[name]["peak_mib"] = peak_memory(call, device) / 2**20
+            if rows[name]["status"] == "ok":
+                with failing(rows[name]):
+                    rows[name] |= _measured(case, direction, call, figures(name, samples), timer, device)
+        _record_clocks(calls, rows, device)
         yield from rows.values()
     del inputs
     release(device)
 
 
-def with_repeat(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+def _empty_row(case: OpCase, direction: str, name: str) -> Row:
+    row = {"operation": case.operation, "case": case.name, "shape": shape_of(case), "direction": direction}
+    note = NOTES.get((case.operation, name, direction))
+    return {**row, "provider": name, "status": "ok", **({"note": note} if note else {})}
+
+
+def timed(
+    calls: Mapping[str, Callable[[], Any]], rows: Mapping[str, Row], timer: Timer, rounds: int
+) -> dict[str, list[float]]:
+    """Samples of the calls in interleaved rounds; an error is the result of that provider's row."""
+
+    def dropped(name: str, error: Exception) -> None:
+        record_failure(rows[name.removesuffix(_AGAIN)], error)
+
+    return interleave(with_repeat(calls), timer, rounds, dropped=dropped)
+
+
+def _measured(
+    case: OpCase, direction: str, call: Callable[[], Any], found: Row, timer: Timer, device: torch.device
+) -> Row:
+    """A row's figures with what a call needs beside its time."""
+    found = found | rates(case, direction, found["median_ms"])
+    if waits_for_device(timer, call):
+        found["waits_for_device"] = True
+    found["host_us"] = host_time(call, device)
+    found["peak_mib"] = peak_memory(call, device) / 2**20
+    return found
+
+
+def _record_clocks(
+    calls: Mapping[str, Callable[[], Any]], rows: Mapping[str, Row], device: torch.device
+) -> None:
+    """Clocks under load into all rows, read once, as reading takes longer than timing: under the fastest call."""
+    ran = [name for name in calls if rows[name]["status"] == "ok"]
+    if ran:
+        fastest = min(ran, key=lambda name: float(rows[name]["median_ms"]))
+        with failing(rows[fastest]):
+            found = clocks_under_load(calls[fastest], rows[fastest]["median_ms"], device)
+            for name in ran:
+                rows[name] |= found
+
+
+def with_repeat(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
     """The calls, and PyTorch's once more (the naive one's where it is not there), which shows the noise."""
     for baseline in reversed(BASELINES):
         if baseline in calls:
             return {**calls, baseline + _AGAIN: calls[baseline]}
-    return calls
+    return dict(calls)
 
 
 def figures(name: str, samples: dict[str, list[float]]) -> Row:

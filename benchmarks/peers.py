@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
-from benchmarks.providers import Absent, Function, provider
+from benchmarks.providers import NOTES, Absent, Function, provider
 
 
 def _import(module: str, device: torch.device) -> Any:
@@ -36,7 +36,6 @@ def flex_attention(case: AttentionCase, device: torch.device) -> Function:
         mask = flex.create_block_mask(
             lambda b, h, i, j: j <= i + offset, None, None, seq_q, seq_k, device=device
         )
-    torch._dynamo.reset()
     compiled: Function = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=heads != kv_heads)
 
@@ -87,10 +86,22 @@ def liger_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
 
 @provider("loss", "liger")
 def liger_cross_entropy(case: LossCase, device: torch.device) -> Function:
-    """On a copy of the logits: it writes their gradient over them, and the other providers need them."""
+    """With gradients on a copy of the logits, over which it writes them: the other providers need the logits.
+
+    Without, it has to be told by a tensor that needs none: what it writes follows `logits.requires_grad` alone.
+    """
     function = _import("liger_kernel.transformers.functional", device).liger_cross_entropy
     targets = case.targets(device)
-    return lambda logits: function(logits.clone(), targets)
+
+    def call(logits: Tensor) -> Tensor:
+        graph = logits.requires_grad and torch.is_grad_enabled()
+        loss: Tensor = function(logits.clone() if graph else logits.detach(), targets)
+        return loss
+
+    return call
+
+
+NOTES["loss", "liger", "forward+backward"] = "its time holds a copy of the logits, which it overwrites"
 
 
 @provider("loss", "quack")

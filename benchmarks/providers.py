@@ -32,6 +32,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     operation: {} for operation in ("attention", "layer_norm", "gelu", "mlp", "loss", "block")
 }
 BASELINES = ("naive", "torch")
+# (operation, provider, direction) -> what a reader of its time must know
+NOTES: dict[tuple[str, str, str], str] = {}
 _COMPILED_LENGTH = 1024
 
 
@@ -59,7 +61,6 @@ def provider(operation: str, name: str) -> Callable[[Provider], Provider]:
 
 def _compiled(function: Function, device: torch.device) -> Function:
     """torch.compile of a function, for the shapes of one case alone."""
-    torch._dynamo.reset()  # each case compiles anew; without this, the ninth would silently run eagerly
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -253,7 +254,6 @@ def _block(implementation: str, compiles: bool = False) -> Provider:
             _refuse_interpreter(device)
         block = case.block(implementation, device)
         if compiles:
-            torch._dynamo.reset()
             block.compile(dynamic=False)
         return lambda x, *parameters: call_block(block, x, *parameters)
 

@@ -24,9 +24,8 @@ _CPU_SAMPLE_MS = 10.0
 # The host needs this head start so that a GPU's queue never runs dry while a small kernel is timed: an eager
 # forward and backward costs up to half a millisecond of host time. 2e6 cycles are about 1 ms at 2 GHz.
 _GPU_HEAD_START_CYCLES = 2_000_000
-_MOST_HEAD_START_CYCLES = (
-    64 * _GPU_HEAD_START_CYCLES
-)  # a call that waits for the device itself is never in time
+# A call that is not in time with this one either is taken to wait for the device itself, as `.item()` does.
+_MOST_HEAD_START_CYCLES = 64 * _GPU_HEAD_START_CYCLES
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,34 @@ def round_order(names: Sequence[str], round_index: int) -> list[str]:
 
 
 def interleave(
-    calls: Mapping[str, Call], timer: Timer, rounds: int, warmup: int = 2
+    calls: Mapping[str, Call],
+    timer: Timer,
+    rounds: int,
+    warmup: int = 2,
+    dropped: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, by `timer`, after `warmup` untimed rounds."""
-    if not calls:
-        return {}
+    """Milliseconds of each call in each round, by `timer`, after `warmup` untimed rounds.
+
+    Args:
+        dropped: told of a call that raises, which then has no samples; without it the error is raised.
+    """
     names = list(calls)
-    for _ in range(warmup):
-        for name in names:
-            calls[name]()
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        for name in round_order(names, index):
-            samples[name].append(timer(calls[name]))
+    orders = [names] * warmup + [round_order(names, index) for index in range(rounds if names else 0)]
+    for place, order in enumerate(orders):
+        for name in order:
+            if name not in samples:
+                continue
+            try:
+                if place < warmup:
+                    calls[name]()
+                else:
+                    samples[name].append(timer(calls[name]))
+            except Exception as error:
+                if dropped is None:
+                    raise
+                del samples[name]
+                dropped(name, error)
     return samples
 
 
@@ -146,29 +160,47 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Milliseconds of device time a call, from a cold L2 cache, by CUDA events."""
+    """Milliseconds of device time a call, from a cold L2 cache, by CUDA events.
+
+    The time of a call that waits for the device holds the host's work after that wait.
+    """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
         # Writing twice the L2 evicts all of it, whatever its replacement policy keeps back.
         size = 2 * getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 128 << 20)
         self._flush = torch.empty(max(size, 64 << 20), dtype=torch.int8, device=self.device)
+        # Each call has its own head start, so that one that is never in time does not slow down the others. The call
+        # is kept beside it, so that its id cannot come back as another call's.
+        self._head_starts: dict[int, tuple[Call, int]] = {}
+        self._waiting: set[int] = set()
 
-        self._head_start = _GPU_HEAD_START_CYCLES
+    def waits(self, call: Call) -> bool:
+        """Whether a call that was timed waits for the device, so that no head start keeps the queue full."""
+        return id(call) in self._waiting
 
     def __call__(self, call: Call) -> float:
         while True:
+            _, cycles = self._head_starts.setdefault(id(call), (call, _GPU_HEAD_START_CYCLES))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(self._head_start)
+            torch.cuda._sleep(cycles)
             self._flush.zero_()
             start.record()
             call()
             late = start.query()  # the device is here already, and has waited for the host in between
             end.record()
             torch.cuda.synchronize(self.device)
-            if not late or self._head_start >= _MOST_HEAD_START_CYCLES:
+            if not late or self.waits(call):
                 return start.elapsed_time(end)
-            self._head_start *= 2
+            if cycles >= _MOST_HEAD_START_CYCLES:
+                self._waiting.add(id(call))
+                cycles = _GPU_HEAD_START_CYCLES // 2  # more does not help it, and takes time
+            self._head_starts[id(call)] = (call, 2 * cycles)
+
+
+def waits_for_device(timer: Timer, call: Call) -> bool:
+    """Whether a timer saw that a call waits for the device; a CPU has none to wait for."""
+    return isinstance(timer, CudaTimer) and timer.waits(call)
 
 
 def make_timer(device: torch.device | str) -> Timer:

@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.cases import GptCase, shape_of
 from benchmarks.costs import gpt_step_flops
 from benchmarks.demo_options import IMPLEMENTATIONS
-from benchmarks.measure import Failed, Row, figures, first_line, release, with_repeat
+from benchmarks.measure import Row, failing, failure_of, figures, release, timed
 from benchmarks.memory import peak_memory
-from benchmarks.timing import Timer, interleave, make_timer
+from benchmarks.timing import Timer, make_timer
 from fastattn.models import GPT, TransformerConfig
 from fastattn.testing import assert_accurate
 from fastattn.training.loop import TrainConfig, make_optimizer, train
@@ -75,12 +75,8 @@ def make_step(case: GptCase, name: str, device: torch.device) -> Callable[[], An
     try:
         check_loss(model, case, batch)
         step()
-    except AssertionError as error:
-        raise Failed("wrong", first_line(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise Failed("out of memory", "out of memory") from error
     except Exception as error:
-        raise Failed("failed", f"{type(error).__name__}: {first_line(error)}") from error
+        raise failure_of(error) from error
     return step
 
 
@@ -93,19 +89,22 @@ def measure_gpt(
     calls: dict[str, Callable[[], Any]] = {}
     for name in names:
         rows[name] = {"operation": case.operation, "case": case.name, "shape": shape_of(case)}
-        rows[name] |= {"direction": "step", "provider": name, "status": "ok"}
-        try:
+        # The loop reads the loss's value, and so every step waits for the device.
+        rows[name] |= {"direction": "step", "provider": name, "status": "ok", "waits_for_device": True}
+        with failing(rows[name]):
             calls[name] = make_step(case, name, device)
-        except Failed as failure:
-            rows[name] |= {"status": failure.status, "reason": failure.reason}
-    samples = interleave(with_repeat(calls), timer or make_timer(device), rounds)
+    samples = timed(calls, rows, timer or make_timer(device), rounds)
     for name, call in calls.items():
-        rows[name] |= figures(name, samples)
-        milliseconds = rows[name]["median_ms"]
-        rows[name] |= {
-            "tflops": gpt_step_flops(case) / milliseconds / 1e9,
-            "tokens_per_s": case.batch * case.seq_len / milliseconds * 1e3,
-            "peak_mib": peak_memory(call, device) / 2**20,
-        }
+        if rows[name]["status"] == "ok":
+            with failing(rows[name]):
+                rows[name] |= _measured(case, call, figures(name, samples), device)
     yield from rows.values()
     release(device)
+
+
+def _measured(case: GptCase, call: Callable[[], Any], found: Row, device: torch.device) -> Row:
+    return found | {
+        "tflops": gpt_step_flops(case) / found["median_ms"] / 1e9,
+        "tokens_per_s": case.batch * case.seq_len / found["median_ms"] * 1e3,
+        "peak_mib": peak_memory(call, device) / 2**20,
+    }

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention
 
 from benchmarks import peers
 from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
-from benchmarks.measure import DIRECTIONS, Inputs, prepare
+from benchmarks.measure import DIRECTIONS, Inputs, _empty_row, prepare
 from benchmarks.providers import Absent
 from fastattn import reference
 
@@ -114,6 +114,8 @@ def test_flex_attention_is_pytorchs_own(case, install, monkeypatch):
 
 
 def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
+    seen = []
+
     class CrossEntropy(torch.autograd.Function):
         """Liger's way: the forward puts the gradient where the logits were."""
 
@@ -122,7 +124,9 @@ def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
             with torch.enable_grad():
                 leaf = logits.detach().clone().requires_grad_()
                 loss = F.cross_entropy(leaf, targets)
-                logits.copy_(torch.autograd.grad(loss, leaf)[0])
+                seen.append(logits)
+                if logits.requires_grad:
+                    logits.copy_(torch.autograd.grad(loss, leaf)[0])
             ctx.save_for_backward(logits)
             return loss.detach()
 
@@ -136,6 +140,13 @@ def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
         liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
     )
     agrees(LossCase(21, 13), "liger")
+    inputs = Inputs(LossCase(21, 13), CPU)
+    for direction, copies in zip(DIRECTIONS, (False, True), strict=True):
+        prepare(inputs, "liger", direction)
+        # A copy is timed only where there is something to protect, and its row says so.
+        assert (seen[-1].data_ptr() != inputs.tensors[0].data_ptr()) is copies
+        note = _empty_row(inputs.case, direction, "liger").get("note", "")
+        assert ("copy of the logits" in note) is copies
     agrees(LayerNormCase(5, 33), "liger")
     with pytest.raises(Absent, match="has a weight and a bias"):
         prepare(Inputs(LayerNormCase(5, 33, affine=False), CPU), "liger", "forward")

@@ -3,16 +3,23 @@
 import statistics
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from benchmarks import timing
+from benchmarks.cases import GeluCase
+from benchmarks.measure import measure_case
 from benchmarks.timing import (
     CpuTimer,
+    CudaTimer,
     host_cost,
     interleave,
     round_order,
     summarize,
     time_ratio,
+    waits_for_device,
 )
 
 
@@ -120,6 +127,95 @@ def test_cpu_timer_does_not_confuse_calls():
     timer = CpuTimer(sample_ms=10, clock=clock)
     assert timer(clock.call(0.001)) == pytest.approx(1.0)
     assert timer(clock.call(0.05)) == pytest.approx(50.0)
+
+
+@pytest.fixture
+def device_clock(monkeypatch):
+    """A device whose head starts are recorded; it has caught up with the host where a call says so."""
+
+    device = SimpleNamespace(sleeps=[], late=False)
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return device.late
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", device.sleeps.append)
+    return device
+
+
+def test_a_call_that_waits_for_the_device_delays_no_other(device_clock):
+    """One such call made the head start 64 times as long for all others, for the rest of the run."""
+    timer = CudaTimer("cpu")
+
+    def waits():
+        device_clock.late = True
+
+    def queues():
+        device_clock.late = False
+
+    least = timing._GPU_HEAD_START_CYCLES
+    assert timer(waits) == 1.0
+    assert device_clock.sleeps == [least * 2**n for n in range(7)] + [least]
+    device_clock.sleeps.clear()
+    assert timer(waits) == timer(queues) == 1.0
+    assert device_clock.sleeps == [least, least]
+    assert waits_for_device(timer, waits) and not waits_for_device(timer, queues)
+    assert not waits_for_device(CpuTimer(), waits)
+
+
+def test_a_head_start_that_is_enough_is_kept_for_its_call(device_clock):
+    timer = CudaTimer("cpu")
+
+    def slow():
+        device_clock.late = device_clock.sleeps[-1] < 4 * timing._GPU_HEAD_START_CYCLES
+
+    timer(slow)
+    timer(slow)
+    assert [cycles // timing._GPU_HEAD_START_CYCLES for cycles in device_clock.sleeps] == [1, 2, 4, 4]
+    assert not timer.waits(slow)
+
+
+def test_rows_say_which_call_waits_for_the_device(device_clock, no_interpreter):
+    device_clock.late = True
+    (row,) = measure_case(
+        GeluCase(3, 17),
+        torch.device("cpu"),
+        1,
+        directions=("forward",),
+        names=("torch",),
+        timer=CudaTimer("cpu"),
+    )
+    assert row["waits_for_device"] is True and row["median_ms"] == 1.0
+
+
+def test_a_call_that_fails_is_dropped_and_the_others_go_on():
+    clock, errors = Clock(), []
+    left = iter(range(4))
+
+    def failing():
+        if next(left, None) is None:
+            raise RuntimeError("boom")
+
+    calls = {"a": clock.call(0.001), "b": failing}
+    timer = lambda call: (call(), 1.0)[1]  # noqa: E731
+    samples = interleave(
+        calls, timer, rounds=5, dropped=lambda name, error: errors.append((name, str(error)))
+    )
+    assert samples == {"a": [1.0] * 5} and errors == [("b", "boom")]
+    with pytest.raises(RuntimeError, match="boom"):
+        interleave({"b": failing}, timer, rounds=1)
 
 
 def test_host_cost_is_in_microseconds():
