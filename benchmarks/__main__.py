@@ -11,16 +11,15 @@ from pathlib import Path
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-_NEEDED = ("matplotlib", "rich")
+_NEEDED = ("jinja2", "matplotlib", "rich")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code is 0, 1 (something failed), 2 (could not start) or 130 (interrupted)."""
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing:  # before the commands' own modules are imported, which import these
         return _refuse(f"the benchmarks need {' and '.join(missing)}: pip install {' '.join(missing)}")
+    chosen = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = chosen.run
     return command(chosen)
 
@@ -92,9 +91,9 @@ def _run(chosen: argparse.Namespace) -> int:
         return _refuse("TRITON_INTERPRET is set, and the interpreter's time says nothing: unset it")
     try:
         options = make_options(chosen)
+        rows = run_suites(options, make_console(), _say)
     except (RunError, FolderError) as error:
         return _refuse(str(error))
-    rows = run_suites(options, make_console(), _say)
     print(options.out)
     return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
 

@@ -68,7 +68,7 @@ def version_of(distribution: str) -> str | None:
 
 def _cuda(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    (driver,) = _nvidia_smi("driver_version")
+    (driver,) = _nvidia_smi(device, "driver_version")
     return {
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "memory_gib": round(properties.total_memory / 2**30, 1),
@@ -84,13 +84,17 @@ def clocks(device: torch.device | str) -> dict[str, int | None]:
     device = torch.device(device)
     if device.type != "cuda":
         return {}
-    found = [int(mhz) if mhz and mhz.isdigit() else None for mhz in _nvidia_smi("clocks.sm", "clocks.mem")]
+    answers = _nvidia_smi(device, "clocks.sm", "clocks.mem")
+    found = [int(mhz) if mhz and mhz.isdigit() else None for mhz in answers]
     return dict(zip(("clock_mhz", "memory_clock_mhz"), found, strict=True))
 
 
-def _nvidia_smi(*fields: str) -> list[str | None]:
+def _nvidia_smi(device: torch.device, *fields: str) -> list[str | None]:
+    """What the driver's tool says of this GPU, which it may count otherwise than PyTorch does."""
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    answer = _output(query)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    # The tool knows no part of a GPU by the part's own name: then the first GPU's answer has to do.
+    answer = (_output([*query, f"--id=GPU-{uuid}"]) if uuid else None) or _output(query)
     if not answer:
         return [None] * len(fields)
     values = [value.strip() for value in answer.splitlines()[0].split(",")]

@@ -1,7 +1,7 @@
 """`python -m benchmarks gpu`: the tests marked gpu, the suites and the main job, on the GPU at hand.
 
-Works from a bare checkout with PYTHONPATH=. and nothing installed but PyTorch, Triton, pytest, rich and
-matplotlib. Every row is on disk as soon as it is measured.
+Works from a bare checkout with PYTHONPATH=. and nothing installed but PyTorch, Triton, pytest, rich, matplotlib
+and Jinja2. Every row is on disk as soon as it is measured.
 """
 
 from __future__ import annotations

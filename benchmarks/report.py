@@ -37,39 +37,71 @@ def results_folder(path: Path) -> Path:
     return path
 
 
+def writable(path: Path) -> None:
+    """Proves that a file can be written, and leaves what it holds.
+
+    Raises:
+        FolderError: it cannot.
+    """
+    there = path.exists()
+    try:
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise FolderError(f"cannot write results to {path}: {error.strerror or error}") from error
+
+
+def is_row(value: Any) -> bool:
+    """Whether a value read from a file has what every row has."""
+    return (
+        isinstance(value, dict) and {"operation", "case", "direction", "provider", "status"} <= value.keys()
+    )
+
+
 class RowWriter:
     """Appends rows to a file of JSON lines, each on disk before the next is measured."""
 
-    def __init__(self, path: Path, common: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, common: dict[str, Any] | None = None, rows: Iterable[Row] = ()) -> None:
+        """`rows` are in the file already."""
         self.path = path
         self.common = common or {}
-        self.rows: list[Row] = []
+        self.rows: list[Row] = list(rows)
 
     def write(self, row: Row) -> Row:
         complete = {**row, **self.common}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(complete), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._append(complete)
         self.rows.append(complete)
         return complete
 
-    def keep(self, row: Row) -> None:
-        """Writes a row of an earlier run as it was."""
+    def complete(self, suite: str, label: str, conditions: dict[str, Any]) -> None:
+        """Writes that all rows of a case are there, and under which conditions they were measured."""
+        self._append({"suite": suite, "complete": label, **conditions})
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line cut short by an interruption is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file of JSON lines; a last line cut short by an interruption is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The rows that a `RowWriter` wrote, without its lines about complete cases."""
+    return [line for line in read_lines(path) if "complete" not in line]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -215,9 +247,11 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     for operation in dict.fromkeys(row["operation"] for row in rows):
         chosen = [row for row in rows if row["operation"] == operation]
         if operation == "host":
-            console.print(host_table(chosen))
+            console.print(host_table(row for row in chosen if row["status"] == "ok"))
         elif operation == "import":
             for row in chosen:
+                if row["status"] != "ok":
+                    continue
                 console.print(
                     f"import fastattn adds {row['median_s']:.3f} s (quartiles {spread(row, 's')}) to import "
                     f"torch ({row['torch_s']:.2f} s); bound {row['bound_s']} s; "

@@ -13,9 +13,10 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.demo_options import IMPLEMENTATIONS
 from benchmarks.environment import clocks, environment, row_environment
 from benchmarks.host import measure_host, measure_import
-from benchmarks.measure import Row, measure_case
+from benchmarks.measure import Row, measure_case, record_failure
 from benchmarks.providers import PROVIDERS
-from benchmarks.report import RowWriter, print_rows, read_rows, write_csv, write_json
+from benchmarks.report import RowWriter, print_rows, write_csv, write_json
+from benchmarks.resume import conditions, read_complete, rewrite
 from benchmarks.run_options import RunOptions, kept
 from benchmarks.suites import SUITES, TRAINING_STEPS, Suite
 from benchmarks.training_step import measure_gpt
@@ -31,12 +32,10 @@ class Run:
         self.options, self.say = options, say
         self.described = environment(options.device, options.commit)
         path = options.out / "rows.jsonl"
-        kept = read_rows(path) if options.resume and path.exists() else []
-        path.write_text("", encoding="utf-8")
-        self.writer = RowWriter(path, row_environment(self.described))
-        for row in kept:
-            self.writer.keep(row)
-        self._done = {(row["suite"], row["label"]) for row in kept}
+        self._conditions = conditions(self.described, options)
+        rows, self._done = read_complete(path, self._conditions) if path.exists() else ([], set())
+        rewrite(path, rows, self._done, self._conditions)
+        self.writer = RowWriter(path, row_environment(self.described), rows)
         self._end = time.monotonic() + 60 * options.minutes
         self.late: list[str] = []
 
@@ -96,19 +95,32 @@ class Run:
             self.late.append(f"{suite} {label}")
             return
         self.say(f"{suite} {label}")
-        for row in measured:
-            self.writer.write({"suite": suite, **row, **self._share(row), "label": label})
+        try:
+            for row in measured:
+                self.writer.write({"suite": suite, **row, **self._share(row), "label": label})
+            self.writer.complete(suite, label, self._conditions)
+        except Exception as error:
+            # Of no provider's making, such as inputs that do not fit: the next case may. It is not complete, as after
+            # an error of the device all cases fail until another process takes them up.
+            self.writer.write({"suite": suite, **_failed(suite, label, error), "label": label})
 
     def _share(self, row: Row) -> Row:
         """How near a row is to the measured ceilings: the least time of its work over its own time."""
-        ceilings = {r["case"]: r for r in self.writer.rows if r["suite"] == "ceiling"}
-        if row.get("status") != "ok" or "tflops" not in row or not ceilings or row["operation"] == "ceiling":
+        if row.get("status") != "ok" or "tflops" not in row or row["operation"] == "ceiling":
             return {}
+        ceilings = {r["case"]: r for r in self.writer.rows if r["suite"] == "ceiling" and r["status"] == "ok"}
         exact = row.get("shape", {}).get("dtype") == "fp32" and "matmul-fp32" in ceilings
-        shares = [row["tflops"] / ceilings["matmul-fp32" if exact else "matmul"]["tflops"]]
-        if "gbytes_per_s" in row:
-            shares.append(row["gbytes_per_s"] / ceilings["copy"]["gbytes_per_s"])
-        return {"roofline_share": max(shares), "bound_ms": max(shares) * row["median_ms"]}
+        pairs = (("matmul-fp32" if exact else "matmul", "tflops"), ("copy", "gbytes_per_s"))
+        shares = [row[key] / ceilings[case][key] for case, key in pairs if case in ceilings and key in row]
+        return {"roofline_share": max(shares), "bound_ms": max(shares) * row["median_ms"]} if shares else {}
+
+
+def _failed(suite: str, label: str, error: Exception) -> Row:
+    """The row of a case that came to its end by an error outside of all providers."""
+    operation, _, case = label.partition(" ") if " " in label else (suite, "", label)
+    row: Row = {"operation": operation, "case": case, "direction": "", "provider": "every"}
+    record_failure(row, error)
+    return row
 
 
 def run_suites(options: RunOptions, console: Console, say: Callable[[str], None]) -> list[Row]:

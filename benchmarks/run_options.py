@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.demo_options import IMPLEMENTATIONS
+from benchmarks.measure import first_line
 from benchmarks.providers import PROVIDERS
-from benchmarks.report import results_folder
+from benchmarks.report import is_row, results_folder, writable
 from benchmarks.suites import SUITES, TRAINING_STEPS
 
 assert peers  # its import registers the peers' providers
 
 # Every name that --suite takes, in the order in which "all" runs them.
 NAMES = (*SUITES, "train", "host")
+OUTPUTS = ("rows.jsonl", "rows.csv", "results.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,23 @@ def make_options(chosen: argparse.Namespace) -> RunOptions:
         raise RunError(f"suite {unknown[0]!r} is unknown; there are {', '.join(NAMES)}, and all")
     if chosen.rounds < 1:
         raise RunError(f"--rounds {chosen.rounds} must be at least 1")
+    if not chosen.minutes > 0:
+        raise RunError(f"--minutes {chosen.minutes:g} must be above 0")
+    if chosen.resume and not chosen.out:
+        raise RunError("--resume needs --out DIR, the folder of the run that it goes on with")
     device = _device(chosen.device)
     for path in chosen.files:
         _load_providers(Path(path))
-    known = {name for providers in PROVIDERS.values() for name in providers}
-    for text in chosen.providers:
-        if not any(text in name for name in known):
-            raise RunError(f"no provider has {text!r} in its name; there are {', '.join(sorted(known))}")
-    cases = [c.name for name in names if name in SUITES for c in SUITES[name].cases(device)]
-    cases += [c.name for c in TRAINING_STEPS[device.type]] if "train" in names else []
-    for text in chosen.cases:
-        if not any(text in name for name in cases):
-            raise RunError(f"no case has {text!r} in its name; there are {', '.join(cases) or 'none'}")
+    _check_names(chosen, names, device)
     old = _read_old(Path(chosen.compare)) if chosen.compare else None
-    out = chosen.out or Path("run-results") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    out = Path(chosen.out or Path("run-results") / datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+    if (out / "rows.jsonl").is_file() and (out / "rows.jsonl").stat().st_size and not chosen.resume:
+        raise RunError(f"{out} holds the rows of a run: give --resume to go on with it, or another --out")
+    results_folder(out)
+    for name in OUTPUTS:
+        writable(out / name)
     return RunOptions(
-        results_folder(Path(out)),
+        out,
         device,
         names,
         chosen.rounds,
@@ -95,6 +99,22 @@ def make_options(chosen: argparse.Namespace) -> RunOptions:
     )
 
 
+def _check_names(chosen: argparse.Namespace, suites: Sequence[str], device: torch.device) -> None:
+    """Every part of a name that was given is in the name of something that these suites measure."""
+    cases = [c for name in suites if name in SUITES for c in SUITES[name].cases(device)]
+    steps = TRAINING_STEPS[device.type] if "train" in suites else ()
+    providers = {name for case in cases for name in PROVIDERS[case.operation]}
+    known = {
+        "provider": sorted(providers.union(IMPLEMENTATIONS if steps else ())),
+        "case": [case.name for case in (*cases, *steps)],
+    }
+    for kind, texts in (("provider", chosen.providers), ("case", chosen.cases)):
+        for text in texts:
+            if not any(text in name for name in known[kind]):
+                there = ", ".join(known[kind]) or "none"
+                raise RunError(f"no {kind} has {text!r} in its name; there are {there}")
+
+
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -104,6 +124,11 @@ def _device(name: str | None) -> torch.device:
         raise RunError(f"--device {name} must be cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"--device {name}: PyTorch finds no GPU here")
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise RunError(f"--device {name}: there {'is' if count == 1 else 'are'} {count}, counted from 0")
+        torch.cuda.set_device(device)  # Triton launches, and events are recorded, on the current one
     return device
 
 
@@ -116,8 +141,8 @@ def _load_providers(path: Path) -> None:
     sys.modules[path.stem] = module  # Triton reads a kernel's source through its module
     try:
         described.loader.exec_module(module)
-    except Exception as error:
-        raise RunError(f"--with {path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a script without its guard leaves at its end
+        raise RunError(f"--with {path}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _read_old(path: Path) -> dict[str, Any]:
@@ -125,9 +150,15 @@ def _read_old(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"--compare {path}: {error}") from None
-    if not isinstance(content, dict) or not {"rows", "environment"} <= content.keys():
+    found = content if isinstance(content, dict) else {}
+    rows = found.get("rows")
+    if (
+        not isinstance(rows, list)
+        or not all(map(is_row, rows))
+        or not isinstance(found.get("environment"), dict)
+    ):
         raise RunError(f"--compare {path} is no results.json of a run")
-    return content
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

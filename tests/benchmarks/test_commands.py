@@ -2,12 +2,13 @@
 
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks import demo
+from benchmarks import demo, environment, run_options
 from benchmarks import run as run_module
 from benchmarks.demo_options import DemoOptions
 from fastattn import dispatch
@@ -130,6 +131,13 @@ def test_run_under_the_interpreter(refused, monkeypatch):
         ("--providers typo", "no provider has 'typo' in its name; there are fastattn, "),
         ("--suite mlp --cases typo", "no case has 'typo' in its name; there are fp32-erf-1024x4096, "),
         ("--rounds 0", "--rounds 0 must be at least 1"),
+        (
+            "--suite mlp --providers liger",
+            "no provider has 'liger' in its name; there are fastattn, fastattn-torch,",
+        ),
+        ("--suite host --providers torch", "no provider has 'torch' in its name; there are none"),
+        ("--minutes 0", "--minutes 0 must be above 0"),
+        ("--minutes nan", "--minutes nan must be above 0"),
         ("--device tpu", "--device tpu must be cpu or cuda"),
         ("--device cpu:foo", "--device cpu:foo must be cpu or cuda"),
         ("--device cuda", "--device cuda: PyTorch finds no GPU here"),
@@ -141,6 +149,84 @@ def test_run_lists_what_is_known(arguments, message, refused, tmp_path):
     line = one_line(refused("run", *arguments.split(), "--out", tmp_path / "out"))
     assert line.startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_run_resumes_a_folder_only(refused):
+    assert one_line(refused("run", "--resume")).startswith("--resume needs --out DIR")
+
+
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.csv", "results.json", "report.html"))
+def test_run_finds_out_first_whether_each_of_its_files_can_be_written(name, refused, tmp_path):
+    (tmp_path / name).mkdir()
+    line = one_line(refused("run", "--device", "cpu", "--out", tmp_path))
+    assert line == f"cannot write results to {tmp_path / name}: Is a directory"
+
+
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize(
+    "content",
+    (
+        "[]",
+        '{"rows": 3, "environment": {}}',
+        '{"rows": [3], "environment": {}}',
+        '{"rows": [{"case": "x"}], "environment": {}}',
+        '{"rows": [], "environment": []}',
+    ),
+)
+def test_run_compares_with_nothing_but_a_run(content, refused, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    line = one_line(refused("run", "--device", "cpu", "--compare", path))
+    assert line == f"--compare {path} is no results.json of a run"
+
+
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize(
+    "leave", ("import sys; sys.exit('used wrongly')", "raise SystemExit('used wrongly')")
+)
+def test_a_file_of_providers_that_leaves(leave, refused, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(leave)
+    line = one_line(refused("run", "--device", "cpu", "--with", path))
+    assert line == f"--with {path}: SystemExit: used wrongly"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As far as PyTorch is asked; the one that was chosen."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_a_gpu_that_is_not_there(refused, two_gpus):
+    assert one_line(refused("run", "--device", "cuda:2")) == "--device cuda:2: there are 2, counted from 0"
+
+
+def test_the_chosen_gpu_is_the_current_one(two_gpus):
+    """Triton launches on the current device, and events are recorded on it, whatever the tensors say."""
+    assert run_options._device("cuda:1") == torch.device("cuda:1")
+    assert two_gpus == [torch.device("cuda:1")]
+
+
+def test_the_driver_is_asked_about_the_gpu_by_its_own_name(monkeypatch):
+    """nvidia-smi counts all GPUs of a machine, PyTorch those that it may see: the first was asked always."""
+    asked = []
+
+    def output(command):
+        asked.append(command)
+        return "580.1, 1980" if any(part == "--id=GPU-b" for part in command) else "0.0, 0"
+
+    uuids = {1: SimpleNamespace(uuid="b"), 2: SimpleNamespace()}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuids[device.index])
+    monkeypatch.setattr(environment, "_output", output)
+    assert environment._nvidia_smi(torch.device("cuda:1"), "a", "b") == ["580.1", "1980"]
+    assert environment._nvidia_smi(torch.device("cuda:2"), "a", "b") == ["0.0", "0"]
 
 
 def test_bpe_without_its_package(refused, monkeypatch, text):
