@@ -20,7 +20,7 @@ from benchmarks.cases import (
     OpCase,
 )
 
-_FLOAT32 = 4
+_FLOAT32, _INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -115,30 +115,41 @@ def mlp_backward(case: MlpCase) -> Cost:
 
 
 def loss_forward(case: LossCase) -> Cost:
-    """The largest logit, a difference, an exponential and a sum: 4 operations a logit, each read once."""
-    logits = case.rows * case.vocabulary
-    return Cost(4 * logits, logits * case.dtype.itemsize)
+    """The largest logit, a difference, an exponential and a sum: 4 operations a logit; ignored rows are not read."""
+    logits = _kept_rows(case) * case.vocabulary
+    return Cost(4 * logits, (logits + 1) * case.dtype.itemsize + case.rows * _INT64)
 
 
 def loss_backward(case: LossCase) -> Cost:
-    """A difference, an exponential and a product a logit; reads each and writes its gradient."""
-    logits = case.rows * case.vocabulary
-    return Cost(3 * logits, 2 * logits * case.dtype.itemsize)
+    """A difference, an exponential and a product a logit. Reads as the forward, and writes every logit's gradient."""
+    logits = _kept_rows(case) * case.vocabulary
+    traffic = loss_forward(case).bytes + case.rows * case.vocabulary * case.dtype.itemsize
+    return Cost(3 * logits, traffic)
+
+
+def _kept_rows(case: LossCase) -> int:
+    """Rows whose target counts: every tenth, from the first on, is ignored."""
+    return case.rows - -(-case.rows // 10)
 
 
 def block_forward(case: BlockCase) -> Cost:
-    """Matrix products: 12 width^2 weights a token and two products a head; bytes of x, the weights and y."""
+    """Matrix products: 12 width^2 weights a token and two products a head; bytes of x, the parameters and y."""
     tokens, weights = case.batch * case.seq_len, 12 * case.width**2
     pairs = case.batch * attention_pairs(case.seq_len, case.seq_len, "top_left")
     flops = 2 * tokens * weights + 4 * pairs * case.width
-    return Cost(flops, (2 * tokens * case.width + weights) * case.dtype.itemsize)
+    parameters = weights + 13 * case.width  # 9 of biases, and two LayerNorms with a weight and a bias each
+    return Cost(flops, (2 * tokens * case.width + parameters) * case.dtype.itemsize)
 
 
 def block_backward(case: BlockCase) -> Cost:
-    """Twice the forward's products of weights, 2.5 times those of attention; bytes of both, and of the gradients."""
+    """Twice the forward's products of weights, 2.5 times those of attention.
+
+    Reads x, dy and the parameters; writes the gradient of each of x and the parameters.
+    """
     forward = block_forward(case)
     attention = 4 * case.batch * attention_pairs(case.seq_len, case.seq_len, "top_left") * case.width
-    return Cost(2 * forward.flops + attention // 2, 2 * forward.bytes)
+    token_bytes = case.batch * case.seq_len * case.width * case.dtype.itemsize
+    return Cost(2 * forward.flops + attention // 2, 2 * forward.bytes - token_bytes)
 
 
 _FORWARD_AND_BACKWARD = {

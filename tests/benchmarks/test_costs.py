@@ -260,9 +260,24 @@ def test_block_flops_are_those_of_its_products():
     assert both == counted_flops(case, "forward+backward") - 12 * hidden + scores
 
 
-def test_loss_bytes_are_those_of_the_logits():
-    case = LossCase(5, 9, dtype=torch.bfloat16)
+def test_block_bytes_are_those_of_its_tensors():
+    """x, dy and dx are three tensors in a backward: four were counted."""
+    case = BlockCase(2, 6, 16, 2, dtype=torch.bfloat16)
+    x, *parameters = (t.nbytes for t in case.inputs())
+    assert costs.block_forward(case).bytes == 2 * x + sum(parameters)
+    assert costs.block_backward(case).bytes == 3 * x + 2 * sum(parameters)
+
+
+@pytest.mark.parametrize("rows", (5, 20, 21))
+def test_loss_bytes_are_those_of_the_rows_that_count(rows):
+    """A tenth of the rows is ignored: no kernel has to read them, but their gradient is written, as zeros."""
+    case = LossCase(rows, 9, dtype=torch.bfloat16)
     (logits,) = case.inputs()
-    assert costs.operation_cost(case, "forward").bytes == logits.nbytes
-    assert costs.operation_cost(case, "forward+backward").bytes == 3 * logits.nbytes
-    assert costs.operation_cost(case, "forward+backward").flops == 7 * logits.numel()
+    targets = case.targets("cpu")
+    read = logits[targets != -100]
+    out = case.reference(logits)
+    (grad,) = torch.autograd.grad(out, logits)
+    forward = read.nbytes + targets.nbytes + out.nbytes
+    assert costs.operation_cost(case, "forward").bytes == forward
+    assert costs.loss_backward(case).bytes == read.nbytes + targets.nbytes + out.nbytes + grad.nbytes
+    assert costs.operation_cost(case, "forward+backward").flops == 7 * read.numel()
