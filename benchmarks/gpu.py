@@ -6,10 +6,13 @@ and Jinja2. Every row is on disk as soon as it is measured.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -29,7 +32,7 @@ class NoGpuError(Exception):
 def run_gpu(
     out: Path, parts: tuple[str, ...], rounds: int, commit: str | None, say: Callable[[str], None]
 ) -> int:
-    """Runs the parts in order; a part that fails does not keep the next from running.
+    """Runs the parts in order; a part that fails does not keep the next from running, and one that is done is left.
 
     Returns:
         0, or 1 where a part failed.
@@ -41,10 +44,15 @@ def run_gpu(
     if not torch.cuda.is_available():
         raise NoGpuError("PyTorch finds no GPU here, and this needs one (`make test` and `make demo` do not)")
     folder = results_folder(out.resolve())
-    write_json(folder / "environment.json", environment("cuda", commit))
+    here = environment("cuda", commit)
+    done = _done(folder, here)
+    write_json(folder / "environment.json", here)
     recorded = ["--commit", commit] if commit else []
     failed = []
-    if "tests" in parts:
+    for part in parts:
+        if part in done:
+            say(f"{part}: done in an earlier call")
+    if "tests" in parts and "tests" not in done:
         say("the tests marked gpu")
         if _tests(folder) != 0:
             failed.append("tests")
@@ -54,7 +62,7 @@ def run_gpu(
         command += ["--minutes", str(_SUITE_MINUTES)]
         if _benchmarks([*command, *recorded], folder / "run.log") != 0:
             failed.append("run")
-    if "demo" in parts:
+    if "demo" in parts and "demo" not in done:
         say("the main job")
         command = ["demo", "--device", "cuda", "--out", str(folder / "demo")]
         if _benchmarks([*command, *recorded], folder / "demo.log") != 0:
@@ -63,6 +71,33 @@ def run_gpu(
         say(f"{part} failed; see the log in {out}")
     make_console().print(f"results: {out}", highlight=False)
     return 1 if failed else 0
+
+
+def _done(folder: Path, here: dict[str, Any]) -> set[str]:
+    """The parts that an earlier call has finished, on the same device, commit and versions."""
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    if any(before.get(name) != here.get(name) for name in ("commit", "dirty", "device", "torch", "triton")):
+        return set()
+    green = _green(folder / "gpu-tests.xml", folder / "gpu-tests.log")
+    reported = (folder / "demo" / "demo.json").is_file()
+    return {part for part, done in (("tests", green), ("demo", reported)) if done}
+
+
+def _green(junit: Path, log: Path) -> bool:
+    """Whether tests ran to their end, and all passed. An interrupted pytest writes its file too, and only logs it."""
+    try:
+        suites = list(ElementTree.parse(junit).iter("testsuite"))
+        interrupted = "KeyboardInterrupt" in log.read_text(encoding="utf-8")
+    except (OSError, ElementTree.ParseError):
+        return False
+    total, bad, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites for name in names)
+        for names in (("tests",), ("failures", "errors"), ("skipped",))
+    )
+    return not interrupted and not bad and total > skipped
 
 
 def _tests(folder: Path) -> int:

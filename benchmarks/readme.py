@@ -21,36 +21,54 @@ _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class ReadmeError(Exception):
-    """README.md names figures that there are none of; the message says which there are."""
+    """README.md names figures that there are none of; the message says which, in one line."""
 
 
 def render(text: str, results: Path = RESULTS) -> str:
     """The text with every block of figures made anew.
 
     Raises:
-        ReadmeError: a block's name is unknown.
+        ReadmeError: a block's name is unknown, or its results are not there.
     """
 
     def block(found: re.Match[str]) -> str:
         begin, name, end = found.groups()
         if name not in _FIGURES:
             raise ReadmeError(f"figures: {name} is unknown; there are {', '.join(_FIGURES)}")
-        return f"{begin}{_FIGURES[name](results)}\n{end}"
+        write, part, file = _FIGURES[name]
+        sections = "\n\n".join(write(*one) for one in _read(results, part, file))
+        return f"{begin}{sections}\n{end}"
 
     return _BLOCK.sub(block, text)
 
 
-def _read(results: Path, part: str, name: str) -> tuple[dict[str, Any], str]:
-    """The first device's file, and the folder's path from the repository."""
-    (path, *_) = sorted(results.glob(f"*/{part}/{name}"))
-    return json.loads(
-        path.read_text(encoding="utf-8")
-    ), f"benchmarks/results/{path.parent.relative_to(results)}"
+def _read(results: Path, part: str, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Every device's file with its folder's path from the repository, GPUs first.
+
+    Raises:
+        ReadmeError: no device has the file, or one cannot be read.
+    """
+    found = []
+    for path in sorted(results.glob(f"*/{part}/{name}")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ReadmeError(f"cannot read {path}: {error}") from error
+        found.append((content, f"benchmarks/results/{path.parent.relative_to(results)}"))
+    if not found:
+        raise ReadmeError(f"no device has {part}/{name} in {results}")
+    return sorted(found, key=lambda one: one[0].get("environment", {}).get("device_type") != "cuda")
 
 
-def demo_figures(results: Path) -> str:
+def _cell(row: dict[str, Any] | None, key: str) -> str:
+    """A ratio, or why there is none."""
+    if row is None or row["status"] == "ok":
+        return ratio(row or {}, key)
+    return str(row["status"])
+
+
+def demo_figures(content: dict[str, Any], folder: str) -> str:
     """The main job's table and plot, and on what it ran."""
-    content, folder = _read(results, "demo", "demo.json")
     environment, options = content["environment"], content["options"]
     lines = [
         f"{environment['device']}, PyTorch {environment['torch']}, commit {environment['commit']}, in `{folder}/`:",
@@ -70,9 +88,8 @@ def demo_figures(results: Path) -> str:
     return "\n".join([*lines, "", f"![a training step over sequence length]({folder}/speed-memory.png)"])
 
 
-def host_figures(results: Path) -> str:
+def host_figures(content: dict[str, Any], folder: str) -> str:
     """What an eager call and the import cost on the host."""
-    content, folder = _read(results, "host", "results.json")
     rows = content["rows"]
     calls = [
         f"| `{row['case'].partition(',')[0]}` | {row['above_torch_us']:.1f} "
@@ -95,13 +112,11 @@ def host_figures(results: Path) -> str:
     )
 
 
-def run_figures(results: Path) -> str:
+def run_figures(content: dict[str, Any], folder: str) -> str:
     """Every case of the suites: PyTorch's time, and how many times that naive PyTorch and fastattn take."""
-    content, folder = _read(results, "run", "results.json")
     cases: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in content["rows"]:
-        if row["status"] == "ok" and "time_vs_torch" in row:
-            cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
+        cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
     lines = [
         f"The suites, commit {content['environment']['commit']}, in `{folder}/` (its `report.html` has plots and",
         f"every provider); {noise(content['rows'])}:",
@@ -111,20 +126,24 @@ def run_figures(results: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for (operation, case, direction), rows in cases.items():
-        if "fastattn" in rows:
-            peaks = ", ".join(
-                significant(rows[name].get("peak_mib")) for name in ("naive", "torch", "fastattn")
-            )
+        naive, pytorch, ours = (rows.get(name) for name in ("naive", "torch", "fastattn"))
+        if pytorch is not None and ours is not None and _ran(ours):
+            times = f"{significant(pytorch['median_ms'])} ({spread(pytorch, 'ms')})" if _ran(pytorch) else ""
+            peaks = ", ".join(significant((row or {}).get("peak_mib")) for row in (naive, pytorch, ours))
             lines.append(
-                f"| {operation} | {case} | {direction} | {significant(rows['torch']['median_ms'])} "
-                f"({spread(rows['torch'], 'ms')}) | {ratio(rows['naive'], 'time_vs_torch')} "
-                f"| {ratio(rows['fastattn'], 'time_vs_torch')} | {peaks} |"
+                f"| {operation} | {case} | {direction} | {times or pytorch['status']} "
+                f"| {_cell(naive, 'time_vs_torch')} | {_cell(ours, 'time_vs_torch')} | {peaks} |"
             )
     return "\n".join(lines)
 
 
-_FIGURES: dict[str, Callable[[Path], str]] = {
-    "demo": demo_figures,
-    "host": host_figures,
-    "run": run_figures,
+def _ran(row: dict[str, Any]) -> bool:
+    return row["status"] == "ok" and "median_ms" in row
+
+
+# name -> what writes a device's figures, and from which file of its folder
+_FIGURES: dict[str, tuple[Callable[[dict[str, Any], str], str], str, str]] = {
+    "demo": (demo_figures, "demo", "demo.json"),
+    "host": (host_figures, "host", "results.json"),
+    "run": (run_figures, "run", "results.json"),
 }

@@ -330,6 +330,37 @@ def test_gpu_runs_tests_then_operations_then_the_demo(pretend_gpu, tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text()) == {"device": "pretended", "commit": "abc"}
 
 
+JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/></testsuites>'
+
+
+@pytest.mark.parametrize(
+    ("junit", "log", "commit", "again"),
+    (
+        (JUNIT.format(0), "7 passed", "abc", False),
+        (JUNIT.format(0), "7 passed", "xyz", True),  # that was another commit
+        (JUNIT.format(1), "1 failed", "abc", True),
+        (JUNIT.format(0), "!!! KeyboardInterrupt !!!", "abc", True),
+        (JUNIT.format(0)[:30], "", "abc", True),
+        ('<testsuite tests="2" failures="0" errors="0" skipped="2"/>', "2 skipped", "abc", True),
+    ),
+)
+def test_a_second_call_of_gpu_goes_on(junit, log, commit, again, pretend_gpu, tmp_path):
+    """It began with the tests again, and had no more time for what it was called for."""
+    ran, _ = pretend_gpu
+    assert commands.main(["gpu", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    (tmp_path / "gpu-tests.xml").write_text(junit)
+    (tmp_path / "gpu-tests.log").write_text(log)
+    (tmp_path / "demo").mkdir()
+    if commit == "abc":
+        (tmp_path / "demo" / "demo.json").write_text("{}")
+    ran.clear()
+    assert commands.main(["gpu", "--out", str(tmp_path), "--commit", commit]) == 0
+    assert ["pytest" in command for command in ran].count(True) == again
+    assert [command[3] for command in ran if "pytest" not in command] == ["run", "demo"][
+        : 1 + (commit != "abc")
+    ]
+
+
 def test_gpu_goes_on_after_a_failure_and_reports_it(pretend_gpu, tmp_path, capsys):
     ran, codes = pretend_gpu
     codes["pytest"] = 1
