@@ -102,7 +102,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
     from benchmarks.inspection import command
     from benchmarks.inspection.compare import ComparisonError
     from benchmarks.progress import progress_bar
-    from benchmarks.report import FolderError, make_console, results_folder
+    from benchmarks.report import FolderError, make_console, results_folder, writable
     from fastattn import dispatch
 
     if dispatch.INTERPRETING:
@@ -110,6 +110,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
     try:
         if chosen.json:
             results_folder(chosen.json.absolute().parent)
+            writable(chosen.json)
         return command.inspect(chosen, command.plan(chosen), make_console(), progress_bar)
     except (command.InspectError, ComparisonError, FolderError) as error:
         return _refuse(str(error))

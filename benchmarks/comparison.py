@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -19,7 +19,7 @@ NOISE_FLOOR = 0.01
 # A change counts from twice the noise on: below, two runs of the same code differ as often.
 NOISES_THAT_COUNT = 2.0
 # The order of the table: what needs a look first.
-VERDICTS = ("now fails", "slower", "faster", "now runs", "new", "gone", "same")
+VERDICTS = ("now fails", "slower", "faster", "now runs", "new", "gone", "same", "not measured in this run")
 _STYLES = {"now fails": "bold red", "slower": "red", "faster": "green", "now runs": "green", "same": "dim"}
 # A difference in one of these changes times without any change of the code.
 _CONDITIONS = ("device", "driver", "cuda", "torch", "triton", "python", "threads")
@@ -52,16 +52,20 @@ class Change:
 
 
 def compare(old_rows: Iterable[Row], new_rows: Iterable[Row]) -> list[Change]:
-    """The changes between two runs, in the order of the new one, then what is gone.
+    """The changes between two runs, in the order of the new one, then what is gone or was not measured again.
 
     A change is "faster" or "slower" when the ratio of the medians is away from 1 by `NOISES_THAT_COUNT` times the
     noise: half the quartile distance of both, relative to their medians, in quadrature, `NOISE_FLOOR` at least.
-    What could not run in either run, or is absent in the only run that has it, is no change and is left out.
+    What could not run in either run, or is absent in the only run that has it, is no change and is left out. A
+    provider is "gone" where the new run has others of the same suite, case and direction.
     """
     old, new = _by_key(old_rows), _by_key(new_rows)
+    measured = {key[:4] for key in new}
     changes = []
     for key in dict.fromkeys([*new, *old]):
         change = _change(key, old.get(key), new.get(key))
+        if change is not None and change.verdict == "gone" and key[:4] not in measured:
+            change = replace(change, verdict=VERDICTS[-1])
         if change is not None:
             changes.append(change)
     return changes
@@ -137,7 +141,10 @@ def environment_warning(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 
 def comparison_table(changes: Sequence[Change]) -> Table:
-    """Every change, what needs a look first and the largest first; the caption counts the verdicts."""
+    """Every change, what needs a look first and the largest first; the caption counts the verdicts.
+
+    What was not measured in the new run is counted alone: a run of one suite has no lines for all others.
+    """
     counts = Counter(change.verdict for change in changes)
     caption = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     table = Table(
@@ -151,7 +158,7 @@ def comparison_table(changes: Sequence[Change]) -> Table:
     for header in ("old ms", "new ms", "new / old", "noise", "change / noise"):
         table.add_column(header, justify="right")
     table.add_column("verdict", overflow="fold")
-    for change in sorted(changes, key=_urgency):
+    for change in sorted((c for c in changes if c.verdict != VERDICTS[-1]), key=_urgency):
         ratio, noise, noises = change.ratio, change.noise, change.noises
         verdict = f"{change.verdict}: {change.reason}" if change.reason else change.verdict
         table.add_row(

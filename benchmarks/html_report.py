@@ -156,7 +156,8 @@ def _suite(name: str, rows: list[Row], ceilings: Ceilings, styles: dict[str, Sty
     if roofline:
         known = bool(ceilings.tflops or ceilings.gbytes_per_s)
         note = "Filled: forward; hollow: forward and backward. " + (
-            "The lines are what a large matrix product and a copy reached in the same run."
+            "The lines are what a large matrix product and a copy reached in the same run; a CPU's are of data beyond "
+            "its caches, so that small cases may pass 100 %."
             if known
             else "No ceilings were measured in this run."
         )
@@ -349,6 +350,11 @@ def _interval(key: str, low: str, high: str) -> Callable[[Row], Cell]:
     return make
 
 
+def _remarks(row: Row) -> Cell:
+    waits = "waits for the device: its time holds host work" if row.get("waits_for_device") else ""
+    return Cell("; ".join(filter(None, (str(row.get("note") or ""), waits))))
+
+
 def _versus(name: str) -> Callable[[Row], Cell]:
     return _interval(f"time_vs_{name}", f"time_vs_{name}_low", f"time_vs_{name}_high")
 
@@ -372,6 +378,7 @@ _COLUMNS: tuple[tuple[str, bool, Callable[[Row], Cell]], ...] = (
     ("time / itself", True, _versus("itself")),
     ("clock, MHz", True, _count("clock_mhz")),
     ("rounds", True, _count("rounds")),
+    ("remarks", False, _remarks),
 )
 
 

@@ -13,7 +13,7 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.demo_options import IMPLEMENTATIONS
 from benchmarks.environment import clocks, environment, row_environment
 from benchmarks.host import measure_host, measure_import
-from benchmarks.measure import Row, measure_case, record_failure
+from benchmarks.measure import Row, first_line, measure_case, record_failure
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import RowWriter, print_rows, write_csv, write_json
 from benchmarks.resume import conditions, read_complete, rewrite
@@ -143,7 +143,6 @@ def _report(run: Run, console: Console) -> None:
     content: dict[str, Any] = {"environment": run.described, "rows": rows}
     write_csv(options.out / "rows.csv", rows)
     write_json(options.out / "results.json", content)
-    html_report.write_html(options.out / "report.html", content)
     print_rows(rows, console)
     for label in run.late:
         console.print(
@@ -154,3 +153,12 @@ def _report(run: Run, console: Console) -> None:
         if warning:
             console.print(warning, style="yellow", highlight=False)
         console.print(comparison.comparison_table(comparison.compare(options.old["rows"], rows)))
+    try:
+        html_report.write_html(options.out / "report.html", content)
+    except Exception as error:  # the figures are printed and on disk already
+        console.print(
+            f"report.html is not written: {type(error).__name__}: {first_line(error)}",
+            style="red",
+            highlight=False,
+            markup=False,
+        )

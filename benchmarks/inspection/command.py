@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import DTYPES, OpCase
+from benchmarks.cases import DTYPES, AttentionCase, OpCase
 from benchmarks.inspection import compare
 from benchmarks.inspection.launches import LaunchError, user_launch
 from benchmarks.inspection.rows import (
@@ -24,10 +24,23 @@ from benchmarks.inspection.rows import (
     launches_of,
     shipped_cases,
 )
+from benchmarks.measure import first_line
 from fastattn.kernels._target import KNOWN_TARGETS
 
 # One of each family of launch configs; see kernels/_config.py.
 DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
+
+
+# As fastattn's attention has it. Not imported from there, as --diff runs this with other revisions of fastattn.
+_MOST_HEAD_DIM = 256
+_FLAGS = {"false": False, "true": True}
+# What a part of a shape can be that is no number.
+_WORDS: dict[str, dict[str, Any]] = {
+    "dtype": dict(DTYPES),
+    "causal": {**_FLAGS, "top_left": "top_left", "bottom_right": "bottom_right"},
+    "affine": _FLAGS,
+    "approximate": {"none": "none", "tanh": "tanh"},
+}
 
 
 class InspectError(Exception):
@@ -114,15 +127,42 @@ def plan(chosen: argparse.Namespace) -> list[Job]:
             )
     whats: list[OpCase | UserKernel] = []
     for spec in own:
-        kernel = UserKernel(spec, tuple(chosen.signature), chosen.num_warps, chosen.num_stages)
-        try:
-            user_launch(spec, kernel.signature)
-        except LaunchError as error:
-            raise InspectError(str(error)) from error
-        whats.append(kernel)
+        whats.append(UserKernel(spec, tuple(chosen.signature), chosen.num_warps, chosen.num_stages))
+        _check_own(spec, tuple(chosen.signature))
     if named or not own:
-        whats += _cases(named, chosen.shape)
+        cases = _cases(named, chosen.shape)
+        for case in cases if chosen.shape else ():
+            _check_case(case, chosen.arch)
+        whats += cases
     return [Job(what, arch, named) for arch in chosen.arch for what in whats]
+
+
+def _check_own(spec: str, signature: tuple[str, ...]) -> None:
+    """Finds a kernel of the user's own and fits the signature to it."""
+    if spec.startswith(":"):
+        raise InspectError(f"kernel {spec!r} names no module; give module:function or file.py:function")
+    try:
+        user_launch(spec, signature)
+    except LaunchError as error:
+        raise InspectError(str(error)) from error
+    except (Exception, SystemExit) as error:  # whatever the user's own file does
+        raise InspectError(f"cannot import {spec}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _check_case(case: OpCase, archs: Sequence[str]) -> None:
+    """Refuses a shape that the operation refuses, or that cannot be launched."""
+    if isinstance(case, AttentionCase):
+        _, heads, kv_heads, *_, head_dim = case.shape
+        if head_dim > _MOST_HEAD_DIM:
+            raise InspectError(f"--shape head_dim={head_dim} must be at most {_MOST_HEAD_DIM}")
+        if heads % kv_heads:
+            raise InspectError(f"--shape kv_heads={kv_heads} must divide heads={heads}")
+    for arch in archs:
+        try:
+            launches_of(case, arch)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InspectError(f"{case.operation} {case.name} on {arch}: {reason}") from error
 
 
 def known_kernels() -> list[str]:
@@ -142,11 +182,8 @@ def _cases(named: tuple[str, ...], shape: Sequence[str]) -> list[OpCase]:
     if not shape:
         return cases
     first = {case.operation: case for case in reversed(cases)}
-    given = dict(_shape_part(part) for part in shape)
     known = {f.name for case in first.values() for f in fields(case)}
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise InspectError(f"--shape has no {unknown[0]!r} here; there are {', '.join(sorted(known))}")
+    given = dict(_shape_part(part, known) for part in shape)
     return [
         replace(
             case, **{name: value for name, value in given.items() if name in {f.name for f in fields(case)}}
@@ -155,19 +192,24 @@ def _cases(named: tuple[str, ...], shape: Sequence[str]) -> list[OpCase]:
     ]
 
 
-def _shape_part(part: str) -> tuple[str, Any]:
+def _shape_part(part: str, known: Collection[str]) -> tuple[str, Any]:
     name, equals, text = part.partition("=")
     if not equals:
         raise InspectError(f"--shape takes NAME=VALUE, not {part!r}")
-    if name == "dtype":
-        if text not in DTYPES:
-            raise InspectError(f"dtype={text} is unknown; there are {', '.join(DTYPES)}")
-        return name, DTYPES[text]
-    if text.lstrip("-").isdigit():
-        if int(text) < 1:
-            raise InspectError(f"--shape {part} must be at least 1")
-        return name, int(text)
-    return name, {"True": True, "true": True, "False": False, "false": False}.get(text, text)
+    if name not in known:
+        raise InspectError(f"--shape has no {name!r} here; there are {', '.join(sorted(known))}")
+    if name in _WORDS:
+        words = _WORDS[name]
+        if text.lower() not in words:
+            raise InspectError(f"{name}={text} is unknown; there are {', '.join(words)}")
+        return name, words[text.lower()]
+    try:
+        size = int(text)
+    except ValueError:
+        raise InspectError(f"--shape {part} must be a whole number") from None
+    if size < 1:
+        raise InspectError(f"--shape {part} must be at least 1")
+    return name, size
 
 
 def run_jobs(jobs: Sequence[Job], advance: Callable[[str, float], None] | None = None) -> list[InspectionRow]:
@@ -194,6 +236,9 @@ def inspect(chosen: argparse.Namespace, jobs: Sequence[Job], console: Console, p
     Raises:
         ComparisonError: there is nothing to compare with.
     """
+    if chosen.diff:
+        compare.check_revision(chosen.diff)
+    unchecked = compare.why_unchecked() if chosen.check and not chosen.update_baseline else None
     if chosen.quiet:
         rows = run_jobs(jobs)
     else:
@@ -211,6 +256,8 @@ def inspect(chosen: argparse.Namespace, jobs: Sequence[Job], console: Console, p
     if chosen.update_baseline:
         compare.write_baseline(rows)
     failed = [*failures(rows), *compare.growth(rows)] if chosen.check else []
+    if unchecked:
+        console.print(unchecked, style="yellow", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed or any(row.error for row in rows) else 0

@@ -55,8 +55,22 @@ def write_baseline(rows: Sequence[InspectionRow]) -> None:
     BASELINE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def why_unchecked(baseline: Path | None = None) -> str | None:
+    """That `growth` finds nothing, as another Triton compiled the baseline; None where it compares.
+
+    Raises:
+        ComparisonError: there is no baseline.
+    """
+    try:
+        content = json.loads((baseline or BASELINE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ComparisonError(f"cannot read the baseline, which --update-baseline writes: {error}") from error
+    same = content["triton"] == triton.__version__
+    return None if same else f"growth not checked: the baseline is of Triton {content['triton']}"
+
+
 def growth(rows: Iterable[InspectionRow], baseline: Path = BASELINE) -> list[str]:
-    """A line for each count that grew past the baseline; none where another Triton compiled that."""
+    """A line for each count that grew past the baseline; none where `why_unchecked` says why."""
     content = json.loads(baseline.read_text(encoding="utf-8"))
     if content["triton"] != triton.__version__:
         return []
@@ -97,6 +111,17 @@ def changes(old: Iterable[InspectionRow], new: Iterable[InspectionRow]) -> list[
             if parts:
                 lines.append(f"{label}: {', '.join(parts)}")
     return lines
+
+
+def check_revision(revision: str) -> None:
+    """Raises `ComparisonError` where git knows no such revision."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--verify", "--quiet", f"{revision}^{{tree}}"]
+    try:
+        known = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError as error:
+        raise ComparisonError(f"cannot read revision {revision}: {error}") from error
+    if not known:
+        raise ComparisonError(f"cannot read revision {revision}: git knows none of this name here")
 
 
 def rows_of_revision(revision: str, arguments: Sequence[str]) -> list[InspectionRow]:

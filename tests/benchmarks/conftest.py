@@ -2,6 +2,10 @@
 
 import pytest
 
+from benchmarks import run
+from benchmarks.cases import GeluCase
+from benchmarks.providers import PROVIDERS, provider
+from benchmarks.suites import SUITES, Suite
 from fastattn import dispatch
 
 
@@ -9,3 +13,34 @@ from fastattn import dispatch
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the benchmarks run on a CPU: without Triton's interpreter, which the other tests need."""
     monkeypatch.setattr(dispatch, "INTERPRETING", False)
+
+
+@pytest.fixture
+def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cases that cost nothing, and ceilings that nobody measures."""
+    suite = Suite("mlp", "small", cpu=(GeluCase(3, 8), GeluCase(4, 8)), gpu=())
+    monkeypatch.setitem(SUITES, "mlp", suite)
+    ceiling = {
+        "operation": "ceiling",
+        "direction": "forward",
+        "provider": "torch",
+        "status": "ok",
+        "median_ms": 1.0,
+    }
+    ceiling |= {"low_ms": 1.0, "high_ms": 1.0, "rounds": 1}
+    ceilings = [ceiling | {"case": "copy", "gbytes_per_s": 4.0}, ceiling | {"case": "matmul", "tflops": 2.0}]
+    monkeypatch.setattr(run, "measure_ceilings", lambda device, rounds: iter(ceilings))
+
+
+@pytest.fixture
+def extra_provider():
+    """Registers a provider for one test."""
+    added = []
+
+    def add(operation, name, function):
+        provider(operation, name)(function)
+        added.append((operation, name))
+
+    yield add
+    for operation, name in added:
+        del PROVIDERS[operation][name]

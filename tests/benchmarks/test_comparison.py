@@ -93,7 +93,16 @@ def test_without_quartiles_the_floor_is_the_noise():
 
 @pytest.mark.parametrize("name", ("suite", "operation", "case", "direction", "provider"))
 def test_rows_that_differ_in_a_name_are_different(name):
-    assert verdicts([ROW], [ROW | {name: "other"}]) == ["new", "gone"]
+    gone = "gone" if name == "provider" else "not measured in this run"
+    assert verdicts([ROW], [ROW | {name: "other"}]) == ["new", gone]
+
+
+def test_what_was_not_measured_again_is_one_count():
+    """A run of one suite called everything else of the old run gone, a line each."""
+    old = [ROW, ROW | {"provider": "lost"}, *(ROW | {"suite": "mlp", "case": case} for case in "abc")]
+    text = printed(compare(old, [ROW]))
+    assert "1 gone, 1 same, 3 not measured in this run" in text
+    assert text.count("│ gone") == 1 and "│ not measured" not in text
 
 
 def test_rows_of_before_there_were_suites_match():

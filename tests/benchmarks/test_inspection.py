@@ -1,5 +1,6 @@
 """Reading machine code, occupancy, bounds, comparison, and the command `inspect`."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-from benchmarks.inspection import compare, machine_code
+from benchmarks.inspection import command, compare, machine_code
 from benchmarks.inspection.bounds import Work, bound_of, occupancy, programs_per_multiprocessor
 from benchmarks.inspection.launches import LaunchError
 from benchmarks.inspection.machine_code import MachineCode
 from benchmarks.inspection.rows import InspectionRow, failures, shipped_cases
+from benchmarks.report import make_console
+from fastattn.ops import attention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -232,15 +235,24 @@ REFUSALS = {
     "gelu --shape rows": "--shape takes NAME=VALUE, not 'rows'",
     "gelu --shape rows=0": "--shape rows=0 must be at least 1",
     "gelu --shape dtype=fp8": "dtype=fp8 is unknown; there are fp32, ",
+    "gelu --shape rows=abc": "--shape rows=abc must be a whole number",
+    "gelu --shape approximate=linear": "approximate=linear is unknown; there are none, tanh",
+    "attention --shape causal=sideways": "causal=sideways is unknown; there are false, true, top_left, ",
+    "attention --shape head_dim=512": "--shape head_dim=512 must be at most 256",
+    "attention --shape kv_heads=3": "--shape kv_heads=3 must divide heads=8",
+    ":kernel": "kernel ':kernel' names no module; give module:function or file.py:function",
+    "gelu --json /proc": "cannot write results to /proc: Is a directory",
     "gelu --json /proc/none/rows.json": "cannot write results to /proc/none: ",
-    "gelu --arch sm_90 --shape rows=8 --quiet --diff no-such-revision": "cannot read revision no-such-revision: ",
+    "gelu --diff no-such-revision": "cannot read revision no-such-revision: git knows none of this name here",
 }
 
 
 def test_bad_arguments_are_one_line_each(compiled):
-    """All in one process, as starting one takes seconds."""
+    """All in one process, as starting one takes seconds; none of them compiles anything."""
     script = (
         "from benchmarks.__main__ import main\n"
+        "from benchmarks.inspection import command\n"
+        "command.run_jobs = None\n"
         f"for arguments in {list(REFUSALS)}:\n"
         "    assert main(['inspect', *arguments.split()]) == 2\n"
     )
@@ -249,6 +261,25 @@ def test_bad_arguments_are_one_line_each(compiled):
     lines = [line.removeprefix("python -m benchmarks: ") for line in done.stderr.splitlines()]
     for line, message in zip(lines, REFUSALS.values(), strict=True):
         assert message in line
+
+
+def test_the_largest_head_is_that_of_the_operation():
+    assert command._MOST_HEAD_DIM == attention._MAX_HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    (
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def (", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit('used wrongly')", "SystemExit: used wrongly"),
+    ),
+)
+def test_a_file_of_the_users_that_raises_is_one_line(content, message, tmp_path, monkeypatch):
+    path = tmp_path / "raising_kernels.py"
+    path.write_text(content)
+    with pytest.raises(command.InspectError, match=f"cannot import .*:kernel: {message}"):
+        command._check_own(f"{path}:kernel", ())
 
 
 def test_one_shape_of_one_kernel(compiled, tmp_path):
@@ -312,8 +343,28 @@ def test_growth_past_the_baseline(change, grown, tmp_path, monkeypatch):
 def test_another_compilers_baseline_is_no_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "BASELINE", tmp_path / "baseline.json")
     compare.write_baseline([ROW])
+    assert compare.why_unchecked() is None
+    of = compare.triton.__version__
     monkeypatch.setattr(compare.triton, "__version__", "9.9.9")
     assert compare.growth([replace(ROW, registers=255)], compare.BASELINE) == []
+    assert compare.why_unchecked() == f"growth not checked: the baseline is of Triton {of}"
+    compare.BASELINE.unlink()
+    with pytest.raises(
+        compare.ComparisonError, match="cannot read the baseline, which --update-baseline writes"
+    ):
+        compare.why_unchecked()
+
+
+def test_the_check_says_when_growth_was_not_checked(tmp_path, monkeypatch, capsys):
+    """With another Triton `--check` passed whatever had grown, and nothing said so."""
+    monkeypatch.setattr(compare, "BASELINE", tmp_path / "baseline.json")
+    compare.write_baseline([ROW])
+    monkeypatch.setattr(compare.triton, "__version__", "9.9.9")
+    monkeypatch.setattr(command, "run_jobs", lambda jobs: [ROW])
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.inspect(parser.parse_args(["--check", "--quiet"]), [], make_console(), None) == 0
+    assert "growth not checked: the baseline is of Triton" in capsys.readouterr().out
 
 
 def test_failures_of_a_shipped_kernel():
