@@ -45,8 +45,12 @@ def run_gpu(
         raise NoGpuError("PyTorch finds no GPU here, and this needs one (`make test` and `make demo` do not)")
     folder = results_folder(out.resolve())
     here = environment("cuda", commit)
-    done = _done(folder, here)
+    if not _same(_read(folder / "environment.json"), here):
+        (folder / "gpu-tests.xml").unlink(
+            missing_ok=True
+        )  # it was of something else, which it does not say itself
     write_json(folder / "environment.json", here)
+    done = _done(folder, here)
     recorded = ["--commit", commit] if commit else []
     failed = []
     for part in parts:
@@ -75,15 +79,23 @@ def run_gpu(
 
 def _done(folder: Path, here: dict[str, Any]) -> set[str]:
     """The parts that an earlier call has finished, on the same device, commit and versions."""
-    try:
-        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    if any(before.get(name) != here.get(name) for name in ("commit", "dirty", "device", "torch", "triton")):
-        return set()
     green = _green(folder / "gpu-tests.xml", folder / "gpu-tests.log")
-    reported = (folder / "demo" / "demo.json").is_file()
+    reported = _same(_read(folder / "demo" / "demo.json").get("environment", {}), here)
     return {part for part, done in (("tests", green), ("demo", reported)) if done}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _same(before: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether what was measured there can stand beside what is measured here."""
+    names = ("commit", "dirty", "device", "torch", "triton")
+    return bool(before) and all(before.get(name) == here.get(name) for name in names)
 
 
 def _green(junit: Path, log: Path) -> bool:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from benchmarks import suite_panels, suite_plots
 from benchmarks.measure import DIRECTIONS, Row
-from benchmarks.report import finite, noise, significant
+from benchmarks.report import finite, noise, remark, significant
 from benchmarks.suite_panels import MEMORY
 from benchmarks.suite_plots import Ceilings, Style
 
@@ -350,11 +350,6 @@ def _interval(key: str, low: str, high: str) -> Callable[[Row], Cell]:
     return make
 
 
-def _remarks(row: Row) -> Cell:
-    waits = "waits for the device: its time holds host work" if row.get("waits_for_device") else ""
-    return Cell("; ".join(filter(None, (str(row.get("note") or ""), waits))))
-
-
 def _versus(name: str) -> Callable[[Row], Cell]:
     return _interval(f"time_vs_{name}", f"time_vs_{name}_low", f"time_vs_{name}_high")
 
@@ -378,7 +373,7 @@ _COLUMNS: tuple[tuple[str, bool, Callable[[Row], Cell]], ...] = (
     ("time / itself", True, _versus("itself")),
     ("clock, MHz", True, _count("clock_mhz")),
     ("rounds", True, _count("rounds")),
-    ("remarks", False, _remarks),
+    ("remarks", False, lambda row: Cell(remark(row))),
 )
 
 

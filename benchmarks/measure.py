@@ -212,8 +212,19 @@ def measure_case(
     timer: Timer | None = None,
 ) -> Iterator[Row]:
     """Rows of all providers of a case's operation (or those named), a direction at a time."""
-    timer = timer or make_timer(device)
     names = tuple(PROVIDERS[case.operation]) if names is None else names
+    yield from _measure_directions(case, device, rounds, directions, names, timer or make_timer(device))
+    release(device)  # once all that holds the inputs is gone
+
+
+def _measure_directions(
+    case: OpCase,
+    device: torch.device,
+    rounds: int,
+    directions: tuple[str, ...],
+    names: tuple[str, ...],
+    timer: Timer,
+) -> Iterator[Row]:
     inputs = Inputs(case, device)
     for direction in directions:
         rows = {name: _empty_row(case, direction, name) for name in names}
@@ -228,8 +239,6 @@ def measure_case(
                     rows[name] |= _measured(case, direction, call, figures(name, samples), timer, device)
         _record_clocks(calls, rows, device)
         yield from rows.values()
-    del inputs
-    release(device)
 
 
 def _empty_row(case: OpCase, direction: str, name: str) -> Row:

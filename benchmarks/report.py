@@ -229,6 +229,22 @@ def host_table(rows: Iterable[Row]) -> Table:
     return table
 
 
+def remark(row: Row) -> str:
+    """What a reader of a row's time must know beside it; mostly nothing."""
+    waits = "it waits for the device, so that its time holds host work" if row.get("waits_for_device") else ""
+    return "; ".join(filter(None, (str(row.get("note") or ""), waits)))
+
+
+def remarks(rows: Iterable[Row]) -> list[str]:
+    """One line for each provider and direction whose time needs a remark."""
+    found = {
+        f"{row['operation']} {row['provider']}, {row['direction']}: {remark(row)}": None
+        for row in rows
+        if row["status"] == "ok" and remark(row)
+    }
+    return list(found)
+
+
 def absences(rows: Iterable[Row]) -> list[str]:
     """One line for each provider and reason that kept it from running, with how many cases it concerns."""
     counts: dict[tuple[str, str, str, str], int] = {}
@@ -259,7 +275,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
                 )
         else:
             console.print(operation_table(operation, chosen))
-    for line in filter(None, [noise(rows), *absences(rows)]):
+    for line in filter(None, [noise(rows), *remarks(rows), *absences(rows)]):
         console.print(line, style="dim", highlight=False, markup=False)
 
 

@@ -59,7 +59,7 @@ def make_step(case: GptCase, name: str, device: torch.device) -> Callable[[], An
     """A step that can be repeated, checked and run once.
 
     Raises:
-        Failed: it cannot run, or its loss is wrong.
+        Failed, Absent: it cannot run, or its loss is wrong.
     """
     model, batch = make_gpt(case, name, device), make_batch(case, device)
     autocast = torch.bfloat16 if device.type == "cuda" else None

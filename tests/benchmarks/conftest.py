@@ -2,7 +2,6 @@
 
 import pytest
 
-from benchmarks import run
 from benchmarks.cases import GeluCase
 from benchmarks.providers import PROVIDERS, provider
 from benchmarks.suites import SUITES, Suite
@@ -29,7 +28,7 @@ def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     ceiling |= {"low_ms": 1.0, "high_ms": 1.0, "rounds": 1}
     ceilings = [ceiling | {"case": "copy", "gbytes_per_s": 4.0}, ceiling | {"case": "matmul", "tflops": 2.0}]
-    monkeypatch.setattr(run, "measure_ceilings", lambda device, rounds: iter(ceilings))
+    monkeypatch.setattr("benchmarks.run.measure_ceilings", lambda device, rounds: iter(ceilings))
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 """What keeps a provider from being timed, or from spoiling the others; and what a case's rows hold."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase
+from benchmarks import measure, training_step
+from benchmarks.cases import AttentionCase, BlockCase, GeluCase, GptCase, LayerNormCase, LossCase
 from benchmarks.measure import Failed, Inputs, figures, measure_case, prepare, with_repeat
 from benchmarks.providers import PROVIDERS
+from benchmarks.training_step import measure_gpt
 from fastattn import NotSupported
 
 CPU = torch.device("cpu")
@@ -171,6 +175,44 @@ def test_an_error_while_timing_is_that_providers_row(calls, extra_provider, no_i
     rows = list(measure_case(GeluCase(3, 17), CPU, 3, directions=("forward",), names=names, timer=timer))
     assert [row["status"] for row in rows] == ["out of memory", "ok"]
     assert "median_ms" not in rows[0] and rows[1]["rounds"] == 3
+
+
+def test_memory_is_given_back_once_nothing_holds_the_inputs(monkeypatch, no_interpreter):
+    """The calls, and the timer that knows them, kept all tensors of a case while its memory was given back."""
+    made, alive = [], []
+    inputs = GeluCase.inputs
+
+    def watched(case, device):
+        tensors = inputs(case, device)
+        made.extend(weakref.ref(tensor) for tensor in tensors)
+        return tensors
+
+    def release(device):
+        gc.collect()
+        alive.extend(tensor() for tensor in made)
+
+    monkeypatch.setattr(GeluCase, "inputs", watched)
+    monkeypatch.setattr(measure, "release", release)
+    rows = list(measure_case(GeluCase(3, 17), CPU, 1, names=("torch",)))
+    assert len(rows) == 2 and alive == [None]
+
+
+def test_every_training_step_waits_for_the_device(no_interpreter):
+    """It reads the loss; its rows say so, as those of an operation that waits."""
+    case = GptCase(layers=1, width=16, heads=2, vocabulary=32, batch=2, seq_len=8)
+    (row,) = measure_gpt(case, CPU, 1, ("torch",), timer=lambda call: (call(), 1.0)[1])
+    assert (row["status"], row["waits_for_device"]) == ("ok", True)
+
+
+def test_an_error_in_a_timed_training_step_is_its_row(monkeypatch, no_interpreter):
+    def make_step(case, name, device):
+        return (lambda: 1 / 0) if name == "naive" else (lambda: None)
+
+    monkeypatch.setattr(training_step, "make_step", make_step)
+    case = GptCase(layers=1, width=16, heads=2, vocabulary=32, batch=2, seq_len=8)
+    naive, pytorch = measure_gpt(case, CPU, 2, ("naive", "torch"), timer=lambda call: (call(), 1.0)[1])
+    assert (naive["status"], naive["reason"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert (pytorch["status"], pytorch["rounds"]) == ("ok", 2)
 
 
 def test_compiled_code_lives_as_long_as_its_case(monkeypatch, no_interpreter):

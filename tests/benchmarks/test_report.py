@@ -104,6 +104,15 @@ def test_table_shows_figures_and_absences():
     assert "3.00" in text and "over" not in text
 
 
+def test_what_a_reader_must_know_of_a_time_stands_below_the_table():
+    console = Console(width=200, file=io.StringIO())
+    noted = ROW | {"provider": "liger", "note": "its time holds a copy"}
+    report.print_rows([ROW, noted, noted | {"case": "other"}, ROW | {"waits_for_device": True}], console)
+    text = console.file.getvalue()
+    assert text.count("gelu liger, forward: its time holds a copy") == 1
+    assert text.count("gelu torch, forward: it waits for the device") == 1
+
+
 def test_host_cost_over_its_bound_is_marked():
     assert "16.00 (2.0-4.0) over" in printed([HOST | {"above_torch_us": 16.0}])
     assert "over" not in printed([HOST | {"above_torch_us": 16.0, "bound_us": None}])

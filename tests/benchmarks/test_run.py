@@ -172,8 +172,8 @@ def test_a_second_call_of_gpu_goes_on(junit, log, commit, again, pretend_gpu, tm
     (tmp_path / "gpu-tests.xml").write_text(junit)
     (tmp_path / "gpu-tests.log").write_text(log)
     (tmp_path / "demo").mkdir()
-    if commit == "abc":
-        (tmp_path / "demo" / "demo.json").write_text("{}")
+    described = (tmp_path / "environment.json").read_text()
+    (tmp_path / "demo" / "demo.json").write_text(f'{{"environment": {described}}}')
     ran.clear()
     assert commands.main(["gpu", "--out", str(tmp_path), "--commit", commit]) == 0
     assert ["pytest" in command for command in ran].count(True) == again
