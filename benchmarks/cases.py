@@ -97,6 +97,8 @@ class AttentionCase:
     seq_k: int | None = None
     causal: str | bool = False
     dtype: torch.dtype = torch.float32
+    # What else modifies the scores, by the names of benchmarks/inspection/rows.py: the inspector's cases alone have it.
+    score: str = ""
 
     operation: ClassVar[str] = "attention"
 
@@ -113,7 +115,8 @@ class AttentionCase:
         mask = str(self.causal).replace("_", "-") if self.causal else "full"
         groups = f"h{heads}" if heads == kv_heads else f"h{heads}kv{kv_heads}"
         lengths = f"s{seq_q}" if seq_q == seq_k else f"q{seq_q}k{seq_k}"
-        return f"{DTYPE_NAMES[self.dtype]}-{mask}-b{batch}{groups}-{lengths}-d{head_dim}"
+        score = f"-{self.score}" if self.score else ""
+        return f"{DTYPE_NAMES[self.dtype]}-{mask}-b{batch}{groups}-{lengths}-d{head_dim}{score}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         batch, heads, kv_heads, seq_q, seq_k, head_dim = self.shape

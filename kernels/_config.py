@@ -141,7 +141,7 @@ _ATTENTION_HEAVY: dict[tuple[str, int, int], AttentionConfig] = {
         AttentionTiles(64, 64, 8, 2),
         AttentionTiles(64, 32, 8, 2),
         AttentionTiles(32, 32, 8, 2),
-        dbias=AttentionTiles(32, 32, 8, 1),
+        dbias=AttentionTiles(32, 16, 4, 1),
     ),
     ("ampere", 16, 256): AttentionConfig(
         AttentionTiles(32, 32, 4, 1),
@@ -203,9 +203,9 @@ def select_attention_config(
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     plain, heavy = _ATTENTION[family, bits, width], _ATTENTION_HEAVY[family, bits, width]
     if load == "light":
-        # Beyond 128 the plain tiles leave no register free.
         light = replace(plain, dk_dv=heavy.dk_dv, separate_dk_dv=heavy.separate_dk_dv)
-        return heavy if width == 256 else light
+        # Elsewhere the plain tiles leave no register free.
+        return light if width == 64 or (family == "hopper" and width == 128) else heavy
     return heavy if load == "heavy" else plain
 
 

@@ -17,6 +17,7 @@ from benchmarks.cases import DTYPES, AttentionCase, OpCase
 from benchmarks.inspection import compare
 from benchmarks.inspection.launches import LaunchError, user_launch
 from benchmarks.inspection.rows import (
+    SCORES,
     InspectionRow,
     failures,
     inspect_case,
@@ -32,12 +33,13 @@ DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
 
 
 # As fastattn's attention has it. Not imported from there, as --diff runs this with other revisions of fastattn.
-_MOST_HEAD_DIM = 256
+_MOST_HEAD_DIM = 256  # with a backward
 _FLAGS = {"false": False, "true": True}
 # What a part of a shape can be that is no number.
 _WORDS: dict[str, dict[str, Any]] = {
     "dtype": dict(DTYPES),
     "causal": {**_FLAGS, "top_left": "top_left", "bottom_right": "bottom_right"},
+    "score": {name: name for name in SCORES},
     "affine": _FLAGS,
     "approximate": {"none": "none", "tanh": "tanh"},
 }

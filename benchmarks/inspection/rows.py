@@ -57,9 +57,13 @@ def shipped_cases() -> list[OpCase]:
         narrow = (
             dtype == torch.bfloat16
         )  # float32 has fewer cases: each takes the assembler ten times as long
-        for head_dim in (64, 80, 128, 256) if narrow else (64, 128, 256):
+        for head_dim in (64, 128, 256):
             for causal in (False, "top_left") if narrow and head_dim == 128 else ("top_left",):
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=dtype))
+        if narrow:
+            # The tiles of `score_load`'s "light" and "heavy".
+            for head_dim, score in ((128, "window"), (64, "bias"), (128, "mask-dropout")):
+                cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, score=score))
         cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
     return cases
@@ -95,8 +99,23 @@ def _launch_attention(case: AttentionCase) -> None:
     options = AttentionOptions(
         case.head_dim**-0.5, right=0 if case.causal else -1, bottom_right=case.causal == "bottom_right"
     )
+    options = options._replace(**SCORES[case.score](case))
     out, lse = attention_forward(q, k, v, *options)
     attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
+
+
+SCORES: dict[str, Callable[[AttentionCase], dict[str, Any]]] = {
+    "": lambda case: {},
+    "window": lambda case: {"left": 1024, "right": 0},
+    "bias": lambda case: {
+        "bias": torch.empty(1, case.heads, *case.shape[3:5], dtype=case.dtype, device="meta")
+    },
+    "mask-dropout": lambda case: {
+        "mask": torch.empty(case.batch, 1, 1, case.shape[4], dtype=torch.bool, device="meta"),
+        "dropout_p": 0.1,
+        "dropout_seed": torch.empty(2, dtype=torch.int64, device="meta"),
+    },
+}
 
 
 def _launch_layer_norm(case: LayerNormCase) -> None:

@@ -224,7 +224,7 @@ def _run_reference(
     packed = [t[0].transpose(0, 1) for t in (q, k, v)]
     operands = (*packed, features.cu_seqlens_q, features.cu_seqlens_k)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "return_lse": True, **keywords}
-    out, lse = reference.attention_varlen(*operands, **options)  # type: ignore[call-arg]
+    out, lse = reference.attention_varlen(*operands, **options)
     out, lse = out.transpose(0, 1)[None], lse[None]
     return (out, lse) if return_lse else out
 

@@ -264,7 +264,7 @@ def test_bad_arguments_are_one_line_each(compiled):
 
 
 def test_the_largest_head_is_that_of_the_operation():
-    assert command._MOST_HEAD_DIM == attention._MAX_HEAD_DIM
+    assert command._MOST_HEAD_DIM == attention._MAX_HEAD_DIM_BACKWARD
 
 
 @pytest.mark.parametrize(
