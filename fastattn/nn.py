@@ -7,18 +7,16 @@ functions do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.dispatch import NotSupported, use_implementation
+from fastattn.dispatch import NotSupported
 from fastattn.ops.attention import attention
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import layer_norm
-from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
 
@@ -128,8 +126,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             (output of query's shape, None).
 
         Raises:
-            NotSupported: need_weights is True, or the implementation asked for cannot take the call; "triton"
-                takes neither masks nor dropout yet.
+            NotSupported: need_weights is True, or the implementation asked for cannot take the call.
             ValueError: a shape does not fit.
         """
         if need_weights:
@@ -142,14 +139,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if key_padding_mask is not None and query.dim() == 2:
             _check_mask("key_padding_mask", key_padding_mask, (key.size(0),))
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
-        if mask is None and dropout_p == 0.0:
-            causal = "top_left" if is_causal else False
-            out = attention(q, k, v, causal=causal, implementation=self.implementation)
-        else:
-            with self._implementation_block():
-                is_causal = is_causal and mask is None
-                out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        mask = self._mask(q, k, key_padding_mask, None if is_causal else attn_mask)
+        boolean = mask is not None and mask.dtype == torch.bool
+        out = attention(
+            q,
+            k,
+            v,
+            causal="top_left" if is_causal else False,
+            bias=None if boolean else mask,
+            mask=mask if boolean else None,
+            dropout_p=dropout_p,
+            implementation=self.implementation,
+        )
         return self.out_proj(self._merge_heads(out, query.dim())), None
 
     def extra_repr(self) -> str:
@@ -213,14 +214,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return x.flatten(-2)
 
     def _mask(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> Tensor | None:
-        """The two masks in one, as scaled_dot_product_attention reads it: True attends, floats are added.
+        """The two masks in one, as `attention` reads it: True attends, floats are added.
 
         The padding mask alone stays (batch, 1, 1, seq_k).
         """
@@ -229,23 +225,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if key_padding_mask is not None:
             _check_mask("key_padding_mask", key_padding_mask, (batch, seq_k))
             padding = _attending(key_padding_mask)[:, None, None, :]
-        if is_causal:
-            # PyTorch's operator takes either is_causal or a mask; without padding it gets is_causal.
-            if padding is None:
-                return None
-            mask = torch.ones(seq_q, seq_k, dtype=torch.bool, device=q.device).tril()
-        elif attn_mask is None:
+        if attn_mask is None:
             return padding
-        else:
-            heads = () if attn_mask.dim() == 2 else (batch * self.num_heads,)
-            _check_mask("attn_mask", attn_mask, (*heads, seq_q, seq_k))
-            mask = _attending(attn_mask)
-            if heads:
-                mask = mask.unflatten(0, (batch, self.num_heads))
+        heads = () if attn_mask.dim() == 2 else (batch * self.num_heads,)
+        _check_mask("attn_mask", attn_mask, (*heads, seq_q, seq_k))
+        mask = _attending(attn_mask)
+        if heads:
+            mask = mask.unflatten(0, (batch, self.num_heads))
         return mask if padding is None else _both(mask, padding)
-
-    def _implementation_block(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.implementation is None else use_implementation(self.implementation)
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -256,7 +243,7 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _attending(mask: Tensor) -> Tensor:
-    """From torch.nn's convention, where True hides, to that of scaled_dot_product_attention."""
+    """From torch.nn's convention, where True hides, to that of `attention`."""
     return ~mask if mask.dtype == torch.bool else mask
 
 

@@ -158,13 +158,13 @@ _ATTENTION_HEAVY: dict[tuple[str, int, int], AttentionConfig] = {
     ),
     ("small", 16, 128): AttentionConfig(
         AttentionTiles(32, 32, 8, 1),
-        AttentionTiles(32, 32, 8, 1),
+        AttentionTiles(32, 16, 8, 1),
         AttentionTiles(16, 32, 8, 1),
-        dbias=AttentionTiles(32, 32, 8, 1),
+        dbias=AttentionTiles(32, 16, 4, 1),
     ),
     ("small", 16, 256): AttentionConfig(
         AttentionTiles(16, 32, 8, 1),
-        AttentionTiles(16, 32, 8, 1),
+        AttentionTiles(16, 16, 8, 1),
         AttentionTiles(16, 16, 8, 1),
         separate_dk_dv=True,
         dbias=AttentionTiles(16, 16, 8, 1),

@@ -99,8 +99,7 @@ def _blockwise_reason(
     if return_lse:
         return "PyTorch's operator does not return the log-sum-exp"
     if features is not None:
-        asked = [name for name in _NEEDS_BLOCKS if getattr(features, name)]
-        asked += [name for name in _NEEDS_BLOCKS_TENSORS if getattr(features, name) is not None]
+        asked = [name for name in _NEEDS_BLOCKS if getattr(features, name) is not None]
         if asked:
             return f"PyTorch's operator does not take {asked[0]}"
         if features.bias is not None and needs_graph(features.bias):
@@ -118,14 +117,15 @@ def _blockwise_reason(
         return None if few else "PyTorch's operator would need a mask of all scores"
     if few:
         return None
+    if features is not None and features.dropout_p:
+        return "PyTorch's operator would hold all scores for dropout"
     mask = None if features is None else features.bias if features.mask is None else features.mask
     if holds_all_scores(q, k, v, mask, 0.0, causal is not False, None, q.size(1) != k.size(1)):
         return "PyTorch's operator would hold all scores at once"
     return None
 
 
-_NEEDS_BLOCKS = ("softcap", "dropout_p")
-_NEEDS_BLOCKS_TENSORS = ("alibi_slopes", "sinks", "key_lengths", "cu_seqlens_q")
+_NEEDS_BLOCKS = ("softcap", "alibi_slopes", "sinks", "key_lengths", "cu_seqlens_q")
 
 
 def _needs_mask(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> bool:
@@ -185,7 +185,8 @@ def _run_torch(
     grouped = False
     if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
         grouped = True
-    return torch_sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    dropout_p = 0.0 if features is None else float(features.dropout_p)
+    return torch_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> Tensor:
