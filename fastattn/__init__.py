@@ -24,6 +24,7 @@ __all__ = [
     "attention_varlen",
     "debug_checks",
     "explain",
+    "flash_attn",
     "gelu",
     "layer_norm",
     "models",
@@ -35,12 +36,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastattn import models, testing
+    from fastattn import flash_attn, models, testing
 else:
     # Imported when they are first asked for. Type checkers do not see this function, so that to them a name
     # that does not exist stays an error.
     def __getattr__(name):
-        if name in ("models", "testing"):
+        if name in ("flash_attn", "models", "testing"):
             return import_module(f"fastattn.{name}")
         raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
 

@@ -19,13 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What each layer may import, besides itself. Kernels are reached through `ops` alone, where the argument
 # checks and autograd are; benchmarks and tests measure them directly.
-_PACKAGE = frozenset({"dispatch", "fastattn", "models", "nn", "ops", "reference", "testing", "training"})
+_PACKAGE = frozenset(
+    {"dispatch", "fastattn", "flash_attn", "models", "nn", "ops", "reference", "testing", "training"}
+)
 MAY_IMPORT = {
     "kernels": frozenset[str](),
     "reference": frozenset[str](),
     "dispatch": frozenset[str](),
     "testing": frozenset({"reference"}),
     "ops": frozenset({"dispatch", "kernels", "reference"}),
+    "flash_attn": frozenset({"dispatch", "ops"}),
     "nn": frozenset({"dispatch", "ops", "reference"}),
     "models": frozenset({"dispatch", "nn", "ops", "reference"}),
     "training": frozenset({"dispatch", "models", "nn", "ops", "reference"}),

@@ -68,15 +68,21 @@ def _run(script: str) -> str:
 
 
 def test_submodules_are_there_when_asked_for() -> None:
-    """`import fastattn` alone left fastattn.models and fastattn.testing an AttributeError; it imports them late."""
+    """`import fastattn` alone left its submodules an AttributeError; it imports them late."""
     script = (
         "import sys, fastattn\n"
-        "late = ['fastattn.models', 'fastattn.testing']\n"
-        "print([name in sys.modules for name in late], {'models', 'nn', 'testing'} <= set(dir(fastattn)))\n"
+        "late = ['fastattn.flash_attn', 'fastattn.models', 'fastattn.testing']\n"
+        "submodules = {'flash_attn', 'models', 'nn', 'testing'}\n"
+        "print([name in sys.modules for name in late], submodules <= set(dir(fastattn)))\n"
+        "print(fastattn.flash_attn.flash_attn_func is not None, end=' ')\n"
         "print(fastattn.models.GPT.__name__, fastattn.testing.ATOL != {}, fastattn.nn.GELU.__name__)\n"
         "print([name in sys.modules for name in late], hasattr(fastattn, 'typo'))"
     )
-    assert _run(script).splitlines() == ["[False, False] True", "GPT True GELU", "[True, True] False"]
+    assert _run(script).splitlines() == [
+        "[False, False, False] True",
+        "True GPT True GELU",
+        "[True, True, True] False",
+    ]
 
 
 def test_type_checkers_see_submodules_and_nothing_that_is_not_there() -> None:
