@@ -200,17 +200,20 @@ def test_causal_is_top_left(device: torch.device) -> None:
 
 
 def test_padding_mask_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
+    """Nor with a causal mask beside it, which needs no tensor."""
+    seen = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *others: Any) -> Tensor:
-        shapes.append(tuple(mask.shape))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    def spy(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
+        seen.append((tuple(keywords["mask"].shape), keywords["bias"], keywords["causal"]))
+        return torch.zeros_like(q)
 
-    monkeypatch.setattr(fastattn.nn, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(fastattn.nn, "attention", spy)
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = make_tensor(BATCH, SEQ_Q, EMBED)
-    module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")))
-    assert shapes == [(BATCH, 1, 1, SEQ_Q)]
+    for is_causal in (False, True):
+        module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")), is_causal=is_causal)
+    shape = (BATCH, 1, 1, SEQ_Q)
+    assert seen == [(shape, None, False), (shape, None, "top_left")]
 
 
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "seq_first"])
