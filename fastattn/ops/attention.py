@@ -75,7 +75,7 @@ def refuse_triton_attention(
             return f"{name}={width} is above {_MAX_HEAD_DIM}"
         if width == 0:
             return f"{name}=0 is below 1"
-        if width > _MAX_HEAD_DIM_BACKWARD and needs_graph(q, k, v):
+        if width > _MAX_HEAD_DIM_BACKWARD and _records(q, k, v, features):
             return f"{name}={width} is above {_MAX_HEAD_DIM_BACKWARD}, the most with gradients"
     if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
@@ -84,6 +84,13 @@ def refuse_triton_attention(
             if plane is not None and rows_too_far(plane):
                 return f"{name}'s strides {tuple(plane.stride())} are above 2^23"
     return None
+
+
+def _records(q: Tensor, k: Tensor, v: Tensor, features: Features | None) -> bool:
+    """Whether the call will have a backward."""
+    if features is None:
+        return needs_graph(q, k, v)
+    return needs_graph(q, k, v, features.bias, features.sinks)
 
 
 def _blockwise_reason(
@@ -163,7 +170,7 @@ def _refuse_torch(q: Tensor, *others: Any) -> str | None:
     return reason
 
 
-def _run_torch(
+def run_torch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,6 +179,7 @@ def _run_torch(
     features: Features | None,
     return_lse: bool,
 ) -> Result:
+    """A checked call by PyTorch's operator, or by blocks of operators where that does not serve it."""
     if _blockwise_reason(q, k, v, causal, scale, features, return_lse) is not None:
         return run_attention("blockwise", q, k, v, causal, scale, features, return_lse)
     # A single query at the bottom right sees every key.
@@ -241,7 +249,7 @@ ATTENTION_IMPLEMENTATIONS = (
         refuse=refuse_triton_attention,
         describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
     ),
-    Implementation("torch", run=_run_torch, refuse=_refuse_torch, describe=_describe_torch),
+    Implementation("torch", run=run_torch_attention, refuse=_refuse_torch, describe=_describe_torch),
     Implementation(
         "reference",
         run=_run_reference,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import (
     scaled_dot_product_attention as torch_sdpa,  # bound here: F's may be replaced by ours
@@ -14,7 +16,13 @@ from fastattn import dispatch, reference
 from fastattn.dispatch import Implementation, NotSupported, Operation
 from fastattn.ops._attention_call import Features, check_attention
 from fastattn.ops._check import check_floating
-from fastattn.ops.attention import cast_attention, holds_all_scores, refuse_triton_attention, run_attention
+from fastattn.ops.attention import (
+    cast_attention,
+    holds_all_scores,
+    refuse_triton_attention,
+    run_attention,
+    run_torch_attention,
+)
 from fastattn.ops.attention_varlen import nested_attention, refuse_nested
 
 
@@ -28,7 +36,7 @@ def _check_sdpa(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> None
 
 def _overrides(tensor: Tensor | None) -> bool:
     """Whether a subclass of Tensor has its own say in what PyTorch's functions do."""
-    return type(tensor) is not Tensor and tensor is not None and (
+    return type(tensor) is not Tensor and isinstance(tensor, Tensor) and (
         type(tensor).__torch_function__ not in _PLAIN_TORCH_FUNCTIONS
     )  # fmt: skip
 
@@ -57,6 +65,10 @@ def _canonical(
         raise _Refused(f"dropout_p={dropout_p!r} is no number from 0 to 1")
     if type(is_causal) is not bool:
         raise _Refused(f"is_causal={is_causal!r} is not a bool")
+    if not (scale is None or isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))):
+        raise _Refused(f"scale={scale!r} is not a number")
+    if not (attn_mask is None or isinstance(attn_mask, Tensor)):
+        raise _Refused(f"attn_mask is a {type(attn_mask).__name__}")
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise _Refused("query, key and value need 2 dimensions at least")
     if not query.dtype == key.dtype == value.dtype:
@@ -101,7 +113,8 @@ def _four_dimensions(
         batches = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
     except RuntimeError as error:
         raise _Refused(str(error)) from error
-    q, k, v = (t.expand(*batches, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in tensors)
+    batch = math.prod(batches)  # not -1, which an empty tensor does not determine
+    q, k, v = (t.expand(*batches, *t.shape[-3:]).reshape(batch, *t.shape[-3:]) for t in tensors)
     heads, k_heads, v_heads = q.size(1), k.size(1), v.size(1)
     most = max(heads, k_heads, v_heads)
     if enable_gqa:
@@ -138,7 +151,7 @@ def _mask_of(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
         return mask
     shape = (*full[:batches], *mask.shape[-3:])
     try:
-        return mask.expand(shape).reshape(-1, *mask.shape[-3:])
+        return mask.expand(shape).reshape(math.prod(full[:batches]), *mask.shape[-3:])
     except RuntimeError as error:
         raise _Refused(str(error)) from error
 
@@ -182,7 +195,11 @@ def _blockwise_arguments(
     enable_gqa: bool,
 ) -> tuple[Any, ...] | None:
     """What blocks of PyTorch operators are given where PyTorch's function would hold all scores; else None."""
-    if query.dim() != 4 or query.is_nested or any(map(_overrides, (query, key, value, attn_mask))):
+    if (
+        not query.dim() == key.dim() == value.dim() == 4
+        or query.is_nested
+        or any(map(_overrides, (query, key, value, attn_mask)))
+    ):
         return None
     if not holds_all_scores(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         return None
@@ -204,10 +221,31 @@ def _run_torch(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    blocks = _blockwise_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if _overrides(attn_mask) and not any(map(_overrides, (query, key, value))):
+        return _run_subclassed_mask(*arguments)
+    blocks = _blockwise_arguments(*arguments)
     if blocks is not None:
         return run_attention("blockwise", *blocks)  # type: ignore[return-value]
     return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _run_subclassed_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, *others: Any) -> Tensor:
+    """CausalBias asks whether it was called by what F has, which may be ours, and else is taken for an empty mask."""
+    try:
+        if dispatch.refuse_transforms() is None:
+            found = run_torch_attention(*_canonical(query, key, value, attn_mask, *others))
+            return _shaped(found, query, key, value)
+    except (_Refused, NotSupported):
+        pass
+    dropout_p, is_causal, scale, enable_gqa = others
+    out: Tensor = type(attn_mask).__torch_function__(
+        F.scaled_dot_product_attention,
+        (type(attn_mask),),
+        (query, key, value, attn_mask, dropout_p, is_causal),
+        dict(scale=scale, enable_gqa=enable_gqa),
+    )
+    return out
 
 
 def _describe_torch(*arguments: Any) -> str:
