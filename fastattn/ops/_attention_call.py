@@ -55,6 +55,8 @@ def check_attention(
         check_same_device("q", q, k=k, v=v)
     if not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if scale is not None:
+        _check_scale(scale)
     if features is not None:
         _check_features(q, k, features)
     if causal is False or causal == "top_left" or causal == "bottom_right":
@@ -135,6 +137,14 @@ def _check_window(window: Any) -> None:
         raise ValueError(
             f"window={window!r} must be (left, right), each None, -1 or the number of keys seen there"
         )
+
+
+def _check_scale(scale: Any) -> None:
+    # The compiler's symbol for a float is neither an instance of float nor known to be finite.
+    if torch.compiler.is_compiling():
+        return
+    if not (isinstance(scale, (int, float, torch.SymFloat)) and -math.inf < scale < math.inf):
+        raise ValueError(f"scale={scale!r} must be a finite number, or None")
 
 
 def _check_dropout(dropout_p: Any) -> None:

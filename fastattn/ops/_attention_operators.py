@@ -102,6 +102,10 @@ class AttentionFunction(torch.autograd.Function):
 _SAVED = "a saved tensor"
 
 
+def _own_view(option: Any) -> Any:
+    return option.view_as(option) if isinstance(option, Tensor) else option
+
+
 def apply_attention(
     kind: str, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
@@ -110,6 +114,7 @@ def apply_attention(
         out, lse = _forward[kind](q, k, v, *options)
         return out, lse
     if torch.compiler.is_compiling():
-        # The compiler refuses a Function that is given one tensor twice.
+        # The compiler refuses a Function that is given one tensor twice: q for k, or offsets for queries and keys.
         k, v = k.view_as(k), v.view_as(v)
+        options = AttentionOptions(*map(_own_view, options))
     return AttentionFunction.apply(kind, q, k, v, *options)
