@@ -65,8 +65,6 @@ def _canonical(
         raise _Refused(f"dropout_p={dropout_p!r} is no number from 0 to 1")
     if type(is_causal) is not bool:
         raise _Refused(f"is_causal={is_causal!r} is not a bool")
-    if not (scale is None or isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))):
-        raise _Refused(f"scale={scale!r} is not a number")
     if not (attn_mask is None or isinstance(attn_mask, Tensor)):
         raise _Refused(f"attn_mask is a {type(attn_mask).__name__}")
     if min(query.dim(), key.dim(), value.dim()) < 2:
@@ -120,7 +118,7 @@ def _four_dimensions(
     if enable_gqa:
         if min(k_heads, v_heads) == 0 or heads % k_heads or heads % v_heads:
             raise _Refused(f"{heads} heads do not divide among {k_heads} and {v_heads}")
-        most = max(k_heads, v_heads)
+        most = k_heads if k_heads == v_heads else math.lcm(k_heads, v_heads)
     elif any(count not in (1, most) for count in (heads, k_heads, v_heads)):
         raise _Refused("head counts differ without enable_gqa")
     else:

@@ -25,9 +25,10 @@ def operands(
     dtype: torch.dtype = torch.float32,
     v_dim: int = WIDTH,
     seq_k: int = SEQ_K,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
     shapes = dict(
-        q=(BATCH, HEADS, SEQ_Q, WIDTH), k=(BATCH, KV_HEADS, seq_k, WIDTH), v=(BATCH, KV_HEADS, seq_k, v_dim)
+        q=(batch, HEADS, SEQ_Q, WIDTH), k=(batch, KV_HEADS, seq_k, WIDTH), v=(batch, KV_HEADS, seq_k, v_dim)
     )
     return {
         name: make_tensor(*shape, dtype=dtype, seed=seed, device=device)

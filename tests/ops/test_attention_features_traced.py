@@ -16,7 +16,6 @@ from fastattn.testing import make_tensor
 from tests.ops.test_attention_features import (
     ALL,
     BIAS,
-    HEADS,
     IMPLEMENTATIONS,
     OPTIONS,
     moved,
@@ -29,7 +28,7 @@ from tests.ops.test_attention_features import (
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_dropout_under_checkpoint(use_reentrant: bool, implementation: str, device: torch.device) -> None:
     """The recomputation draws the same mask, and so the same gradient, because the seed is PyTorch's generator's."""
-    given = operands(device)
+    given = operands(device, batch=1)
     q = given.pop("q").requires_grad_()
 
     def attend(q: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def test_dropout_under_checkpoint(use_reentrant: bool, implementation: str, devi
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dropout_under_compile(implementation: str, device: torch.device) -> None:
     """Forward and backward of one compiled call see one mask: out is linear in v, so <dout, out> = <dv, v>."""
-    given = operands(device)
+    given = operands(device, batch=1)
     v = given.pop("v").requires_grad_()
     compiled = torch.compile(
         lambda v: fastattn.attention(given["q"], given["k"], v, dropout_p=0.4, implementation=implementation),
@@ -87,7 +86,7 @@ def test_several_compile_whole_with_dynamic_shapes(implementation: str, device: 
     module = Several(implementation)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=frames)
     for length in (17, 21):
-        shapes = ((1, 2, length, 8), (1, 2, length + 5, 8), (1, 2, 1, length + 5), (2,))
+        shapes = ((1, 1, length, 8), (1, 1, length + 5, 8), (1, 1, 1, length + 5), (1,))
         leaves = [make_tensor(*s, seed=n, device=device).requires_grad_() for n, s in enumerate(shapes)]
         expected, found = module(*leaves), compiled(*leaves)
         torch.testing.assert_close(found, expected)
@@ -101,7 +100,7 @@ def test_several_compile_whole_with_dynamic_shapes(implementation: str, device: 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_export(implementation: str, device: torch.device) -> None:
     """The exported program has one operator for the call, and takes other lengths."""
-    shapes = ((1, 2, 17, 8), (1, 2, 22, 8), (1, 2, 1, 22), (2,))
+    shapes = ((1, 1, 17, 8), (1, 1, 22, 8), (1, 1, 1, 22), (1,))
     given = tuple(make_tensor(*s, seed=n, device=device) for n, s in enumerate(shapes))
     rows, keys = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("keys", min=2, max=64)
     dynamic = ({2: rows}, {2: keys}, {3: keys}, None)
@@ -117,10 +116,10 @@ def test_several_export(implementation: str, device: torch.device) -> None:
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_with_a_bias(bias_dtype: torch.dtype, implementation: str, device: torch.device) -> None:
     """q, k and v are cast; bias and sinks stay as they are, and their gradients with them."""
-    given = operands(device) | dict(
+    given = operands(device, batch=1) | dict(
         bias=BIAS.to(device, bias_dtype), sinks=torch.tensor([0.5, 1.0], device=device)
     )
-    wide = operands(device)
+    wide = operands(device, batch=1)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = results(lambda **g: fastattn.attention(**g, implementation=implementation), given)
     assert found["out"].dtype == torch.bfloat16 and found["lse"].dtype == torch.float32
@@ -161,8 +160,9 @@ def test_two_partial_results_merge(cut: int, implementation: str, device: torch.
             implementation=implementation,
         )  # fmt: skip
 
-    given = list(operands(device, seq_k=17).values())
-    leaves = [t.requires_grad_() for t in (*given, make_tensor(1, HEADS, 1, 17, seed=4, device=device))]
+    q, k, v = operands(device, seq_k=17).values()
+    bias = make_tensor(1, 1, 1, 17, seed=4, device=device)
+    leaves = [t.detach().requires_grad_() for t in (q[:, :1], k, v, bias)]
     found, expected = (f(*leaves, implementation) for f in (merged, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     gradients = [torch.autograd.grad(o.square().sum(), leaves) for o in (found, expected)]
@@ -231,5 +231,5 @@ def test_memory_is_linear_with_every_score_option() -> None:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    assert 0 < peak < 64 * 2**20
+    assert 0 < peak < 48 * 2**20  # 63 with blocks of 2^24 scores
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v, bias))

@@ -67,7 +67,8 @@ def check(
             growth=8.0 if place else 2.0,
             scale=scale if place else 0.0,
         )
-    assert strides(found[0]) == strides(peer[0])
+    if tensors[0].size(-1) == tensors[2].size(-1):  # else PyTorch's maths path gives a contiguous result
+        assert strides(found[0]) == strides(peer[0])
     assert all(a.isfinite().all() for a in found)
     return found
 
@@ -87,19 +88,19 @@ def causal_keywords(name: str) -> dict[str, Any]:
 
 SHAPES: dict[str, tuple[Shape, Shape, Shape]] = {
     "rank-2": ((5, 8), (7, 8), (7, 8)),
-    "rank-3": ((3, 5, 8), (3, 7, 8), (3, 7, 8)),
-    "rank-4": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+    "rank-3": ((2, 5, 8), (2, 7, 8), (2, 7, 8)),
+    "rank-4": ((2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
     "rank-5": ((2, 2, 1, 5, 8), (2, 2, 1, 7, 8), (2, 2, 1, 7, 8)),
-    "ranks-mixed": ((2, 3, 5, 8), (3, 7, 8), (7, 8)),
-    "query-of-lower-rank": ((5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
-    "batch-of-query": ((1, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
-    "batch-of-key": ((2, 3, 5, 8), (1, 3, 7, 8), (2, 3, 7, 8)),
+    "ranks-mixed": ((2, 2, 5, 8), (2, 7, 8), (7, 8)),
+    "query-of-lower-rank": ((5, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
+    "batch-of-query": ((1, 1, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+    "batch-of-key": ((2, 1, 5, 8), (1, 1, 7, 8), (2, 1, 7, 8)),
     "batches-of-rank-5": ((2, 1, 2, 5, 8), (1, 2, 2, 7, 8), (2, 2, 2, 7, 8)),
-    "head-1-of-query": ((2, 1, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
-    "head-1-of-keys": ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
-    "head-1-of-value": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 1, 7, 8)),
-    "wider-value": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 12)),
-    "narrower-value": ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)),
+    "head-1-of-query": ((1, 1, 5, 8), (1, 3, 7, 8), (1, 3, 7, 8)),
+    "head-1-of-keys": ((1, 3, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8)),
+    "head-1-of-value": ((1, 3, 5, 8), (1, 3, 7, 8), (1, 1, 7, 8)),
+    "wider-value": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 12)),
+    "narrower-value": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 4)),
     "odd-widths": ((1, 2, 33, 7), (1, 2, 35, 7), (1, 2, 35, 5)),
 }
 
@@ -116,7 +117,7 @@ def test_ranks_and_broadcasting(name: str, causal: str, implementation: str, dev
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("heads, k_heads, v_heads", [(4, 2, 2), (2, 1, 1), (4, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("heads, k_heads, v_heads", [(4, 2, 2), (4, 2, 1), (2, 1, 2), (4, 4, 2), (6, 2, 3)])
 def test_grouped_heads(
     heads: int, k_heads: int, v_heads: int, implementation: str, device: torch.device
 ) -> None:
@@ -198,7 +199,7 @@ def test_masks_of_lower_rank(rank: int, implementation: str, device: torch.devic
 @pytest.mark.parametrize("kind", ["bool", "-inf"])
 def test_fully_masked_rows(kind: str, implementation: str, device: torch.device) -> None:
     """They give 0, and gradients of 0 and not NaN; so does a call in which no row sees anything."""
-    tensors = operands((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), device=device)
+    tensors = operands((2, 1, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8), device=device)
     mask = torch.ones(2, 1, 5, 7, dtype=torch.bool, device=device)
     mask[0, :, 1:3] = False
     mask[1] = False
@@ -209,11 +210,12 @@ def test_fully_masked_rows(kind: str, implementation: str, device: torch.device)
     assert not dq[0, :, 1:3].any() and not dq[1].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+OVERFLOWS = pytest.mark.xfail(reason="the kernels multiply a bias by log2(e), which overflows to -inf")
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=OVERFLOWS), "torch"])
 def test_a_row_of_the_least_finite_number_is_the_mean(implementation: str, device: torch.device) -> None:
     """transformers masks so: all scores are rounded to the same number, and the softmax is uniform."""
-    if implementation == "triton":
-        pytest.xfail("the kernels multiply the bias by log2(e), which overflows to -inf")
     q, k, v = operands((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), device=device)
     mask = torch.zeros(5, 7, device=device)
     mask[2] = torch.finfo(torch.float32).min
@@ -261,7 +263,7 @@ def test_no_head_dim(implementation: str | None, device: torch.device) -> None:
 @pytest.mark.parametrize("causal", ["full", "causal"])
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1.0, 3])
 def test_scales(scale: float, causal: str, implementation: str, device: torch.device) -> None:
-    tensors = operands((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), device=device)
+    tensors = operands((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8), device=device)
     if scale <= 0 and causal == "causal":
         # PyTorch masks before it scales, and its own result is NaN there; the formula is the truth.
         expected = fastattn.reference.attention(*tensors, causal="top_left", scale=scale)
@@ -304,20 +306,27 @@ def laid_out(shape: Shape, order: tuple[int, ...], device: torch.device, seed: i
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)], ids=str)
-def test_layouts(order: tuple[int, ...], implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "order, v_dim",
+    [((0, 1, 2, 3), 8), ((0, 2, 1, 3), 8), ((0, 2, 1, 3), 12), ((2, 0, 1, 3), 8), ((1, 0, 2, 3), 8)],
+    ids=str,
+)
+def test_layouts(order: tuple[int, ...], v_dim: int, implementation: str, device: torch.device) -> None:
     """q made as (batch, seq, heads, head_dim), as every model does, gives a result laid out like that."""
-    shapes = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
+    shapes = ((2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, v_dim))
     tensors = [laid_out(shape, order, device, seed) for seed, shape in enumerate(shapes)]
-    check(implementation, tensors)
+    out = check(implementation, tensors)[0]
+    assert implementation == "torch" or strides(out.permute(order)) == strides(
+        torch.empty(out.permute(order).shape)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides_of_views(implementation: str, device: torch.device) -> None:
     """Expanded, sliced and turned operands: their values, and not what lies between, are read."""
-    q = make_tensor(2, 3, 5, 16, device=device)[..., ::2]
-    k = make_tensor(1, 3, 7, 8, seed=1, device=device).expand(2, -1, -1, -1)
-    v = make_tensor(2, 3, 8, 9, seed=2, device=device).mT[:, :, 1:8]
+    q = make_tensor(2, 1, 5, 16, device=device)[..., ::2]
+    k = make_tensor(1, 1, 7, 8, seed=1, device=device).expand(2, -1, -1, -1)
+    v = make_tensor(2, 1, 8, 9, seed=2, device=device).mT[:, :, 1:8]
     tensors = [q, k, v]
     expected, found = (outcome(f, tensors, None, {}) for f in (THEIRS, ours(implementation)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -329,7 +338,7 @@ def test_strides_of_views(implementation: str, device: torch.device) -> None:
 def test_autocast(
     masked: str | None, dtypes: tuple[str, ...], implementation: str, device: torch.device
 ) -> None:
-    tensors = operands((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), device=device)
+    tensors = operands((2, 1, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8), device=device)
     tensors = [t.to(getattr(torch, dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
     mask = None
     if masked is not None:
