@@ -7,6 +7,8 @@ from fastattn.kernels._math import LOG2_E, _tanh
 
 # Salmon et al. (2011), table 2: the fewest rounds of Philox-4x32 without known statistical flaws.
 _PHILOX_ROUNDS = tl.constexpr(7)
+# -2^127: a power of two, so that the way through the natural logarithm of lse and back to base 2 gives it again.
+_LEAST_SCORE = tl.constexpr(-1.7014118346046923e38)
 
 
 @triton.jit
@@ -45,7 +47,10 @@ def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, 
         scores -= tl.abs(distance).to(tl.float32) * slope
     if score.bias is not None:
         bias = _load_plane(score.bias, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0.0)
-        scores += bias.to(tl.float32) * LOG2_E
+        # A bias near the least finite number is not to become -inf, which would hide the key: a row of it is the mean.
+        added = bias.to(tl.float32) * LOG2_E
+        overflown = (added < _LEAST_SCORE) & (bias > float("-inf"))
+        scores += tl.where(overflown, _LEAST_SCORE, added)
     if score.mask is not None:
         mask = _load_plane(score.mask, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0)
         scores = tl.where(mask != 0, scores, float("-inf"))
