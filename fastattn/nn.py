@@ -7,6 +7,7 @@ functions do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -139,15 +140,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if key_padding_mask is not None and query.dim() == 2:
             _check_mask("key_padding_mask", key_padding_mask, (key.size(0),))
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        mask = self._mask(q, k, key_padding_mask, None if is_causal else attn_mask)
-        boolean = mask is not None and mask.dtype == torch.bool
+        mask, bias = self._mask_and_bias(q, k, key_padding_mask, None if is_causal else attn_mask)
         out = attention(
             q,
             k,
             v,
             causal="top_left" if is_causal else False,
-            bias=None if boolean else mask,
-            mask=mask if boolean else None,
+            bias=bias,
+            mask=mask,
             dropout_p=dropout_p,
             implementation=self.implementation,
         )
@@ -213,26 +213,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return x.flatten(-2)
 
-    def _mask(
+    def _mask_and_bias(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> Tensor | None:
-        """The two masks in one, as `attention` reads it: True attends, floats are added.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The two masks as `attention` reads them: true where a query sees a key, and what is added to the scores.
 
-        The padding mask alone stays (batch, 1, 1, seq_k).
+        The padding mask stays (batch, 1, 1, seq_k), unless the other is of its kind.
         """
         batch, seq_q, seq_k = q.size(0), q.size(2), k.size(2)
-        padding = None
+        given = []
         if key_padding_mask is not None:
             _check_mask("key_padding_mask", key_padding_mask, (batch, seq_k))
-            padding = _attending(key_padding_mask)[:, None, None, :]
-        if attn_mask is None:
-            return padding
-        heads = () if attn_mask.dim() == 2 else (batch * self.num_heads,)
-        _check_mask("attn_mask", attn_mask, (*heads, seq_q, seq_k))
-        mask = _attending(attn_mask)
-        if heads:
-            mask = mask.unflatten(0, (batch, self.num_heads))
-        return mask if padding is None else _both(mask, padding)
+            given.append(key_padding_mask[:, None, None, :])
+        if attn_mask is not None:
+            heads = () if attn_mask.dim() == 2 else (batch * self.num_heads,)
+            _check_mask("attn_mask", attn_mask, (*heads, seq_q, seq_k))
+            given.append(attn_mask.unflatten(0, (batch, self.num_heads)) if heads else attn_mask)
+        masks = [~tensor for tensor in given if tensor.dtype == torch.bool]  # in torch.nn, True hides
+        biases = [tensor for tensor in given if tensor.dtype != torch.bool]
+        mask = reduce(torch.logical_and, masks) if masks else None
+        return mask, reduce(torch.add, biases) if biases else None
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -240,17 +240,3 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; {shape} is needed")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} has dtype={mask.dtype}; bool or a floating-point dtype is needed")
-
-
-def _attending(mask: Tensor) -> Tensor:
-    """From torch.nn's convention, where True hides, to that of `attention`."""
-    return ~mask if mask.dtype == torch.bool else mask
-
-
-def _both(mask: Tensor, padding: Tensor) -> Tensor:
-    """One mask that hides what either hides; bool where both are."""
-    if mask.dtype == padding.dtype == torch.bool:
-        return mask & padding
-    if mask.dtype == torch.bool:
-        mask, padding = padding, mask
-    return mask.masked_fill(~padding, -torch.inf) if padding.dtype == torch.bool else mask + padding

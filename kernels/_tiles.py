@@ -81,17 +81,18 @@ def _split_program(TILES, HEADS):
 
 
 @triton.jit
-def _sequence(batch, starts, SEQ):
+def _sequence(batch, starts, SEQ, LONGEST):
     """(batch of the tensors, first row, rows) of a sequence: all of its own batch, or a stretch of packed rows.
 
-    starts: (sequences + 1,), or None. Whatever it holds, the rows lie within the SEQ of the tensor.
+    starts: (sequences + 1,), or None. Whatever it holds, the rows lie within the SEQ of the tensor, and are at most
+    LONGEST, the size of a bias or mask.
     """
     if starts is None:
         return batch, batch * 0, SEQ
     else:
         first = tl.minimum(tl.maximum(tl.load(starts + batch), 0), SEQ)
         end = tl.minimum(tl.maximum(tl.load(starts + batch + 1), first), SEQ)
-        return batch * 0, first.to(tl.int64), end - first
+        return batch * 0, first.to(tl.int64), tl.minimum(end - first, LONGEST)
 
 
 @triton.jit

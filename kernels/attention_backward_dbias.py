@@ -43,6 +43,8 @@ def _accumulate_dbias(
     GROUPS,
     SEQ_Q,
     SEQ_K,
+    MAX_SEQ_Q,
+    MAX_SEQ_K,
     LEFT,
     RIGHT,
     tile_row,
@@ -60,8 +62,8 @@ def _accumulate_dbias(
     BLOCK_V: tl.constexpr,
 ):
     """Adds one head's dS to total (BLOCK_M, BLOCK_N): of the tile alone, or of all its rows or keys too."""
-    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
-    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
@@ -106,7 +108,20 @@ def _accumulate_dbias(
     return total
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "SEQUENCES", "LEFT", "RIGHT", "BIAS_Q", "BIAS_K"])
+@triton.jit(
+    do_not_specialize=[
+        "HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "SEQUENCES",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "BIAS_Q",
+        "BIAS_K",
+    ]
+)
 def _attention_dbias_kernel(
     q,
     k,
@@ -124,6 +139,8 @@ def _attention_dbias_kernel(
     SEQ_K,
     BIAS_Q,
     BIAS_K,
+    MAX_SEQ_Q,
+    MAX_SEQ_K,
     LEFT,
     RIGHT,
     HAS_LEFT: tl.constexpr,
@@ -160,7 +177,8 @@ def _attention_dbias_kernel(
         for head in range(bias_head, last_head):
             total = _accumulate_dbias(
                 total, q, k, v, dout, lse_ptr, delta_ptr, score, sequences,
-                tl.cast(batch, tl.int64), tl.cast(head, tl.int64), HEADS, GROUPS, SEQ_Q, SEQ_K, LEFT, RIGHT,
+                tl.cast(batch, tl.int64), tl.cast(head, tl.int64), HEADS, GROUPS, SEQ_Q, SEQ_K,
+                MAX_SEQ_Q, MAX_SEQ_K, LEFT, RIGHT,
                 tile_row, tile_key, HAS_LEFT, HAS_RIGHT, BOTTOM_RIGHT, ALL_ROWS, ALL_KEYS,
                 HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             )  # fmt: skip
@@ -206,6 +224,7 @@ def launch_dbias(
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked),
         SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         BIAS_Q=bias_q, BIAS_K=bias_k,
+        MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=asked.longest_k(seq_k),
         **window_of(asked),
         ALL_BATCHES=bias_batch == 1, ALL_HEADS=bias_heads == 1, ALL_ROWS=bias_q == 1, ALL_KEYS=bias_k == 1,
         HEAD_DIM=head_dim, V_DIM=v_dim,

@@ -97,7 +97,7 @@ def _accumulate_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
 def _attention_dk_dv_kernel(
     q,
     k,
@@ -114,6 +114,7 @@ def _attention_dk_dv_kernel(
     GROUPS,
     SEQ_Q,
     SEQ_K,
+    MAX_SEQ_Q,
     MAX_SEQ_K,
     LEFT,
     RIGHT,
@@ -135,8 +136,8 @@ def _attention_dk_dv_kernel(
     the longest. The tensors are `Rows`; lse and delta are (batch, KV_HEADS * GROUPS, SEQ_Q), contiguous.
     """
     tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS)
-    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
-    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
@@ -206,7 +207,8 @@ def launch_dk_dv(
     _attention_dk_dv_kernel[(triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)](
         q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dk=rows_of(dk), dv=rows_of(dv),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
-        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k, MAX_SEQ_K=longest,
+        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
+        MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=longest,
         **window_of(asked),
         NEEDS_DK=needs_dk, NEEDS_DV=needs_dv, HEAD_DIM=head_dim, V_DIM=v_dim,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),

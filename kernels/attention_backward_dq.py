@@ -81,7 +81,7 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "LEFT", "RIGHT"])
+@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
 def _attention_dq_kernel(
     q,
     k,
@@ -98,6 +98,7 @@ def _attention_dq_kernel(
     SEQ_Q,
     SEQ_K,
     MAX_SEQ_Q,
+    MAX_SEQ_K,
     LEFT,
     RIGHT,
     HAS_LEFT: tl.constexpr,
@@ -117,8 +118,8 @@ def _attention_dq_kernel(
     """
     tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
     kv_head = head // GROUPS
-    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
-    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
@@ -170,7 +171,8 @@ def launch_dq(
     _attention_dq_kernel[(triton.cdiv(longest, tiles.block_m) * heads * sequences,)](
         q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dq=rows_of(dq),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
-        HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k, MAX_SEQ_Q=longest,
+        HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
+        MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
         **window_of(asked),
         HEAD_DIM=head_dim, V_DIM=v_dim,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),

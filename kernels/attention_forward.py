@@ -84,7 +84,7 @@ def _attend_keys(
     return accumulator, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "LEFT", "RIGHT"])
+@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
 def _attention_forward_kernel(
     q,
     k,
@@ -99,6 +99,7 @@ def _attention_forward_kernel(
     SEQ_Q,
     SEQ_K,
     MAX_SEQ_Q,
+    MAX_SEQ_K,
     LEFT,
     RIGHT,
     HAS_LEFT: tl.constexpr,
@@ -118,8 +119,8 @@ def _attention_forward_kernel(
     """
     tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
     kv_head = head // GROUPS
-    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q)
-    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K)
+    held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
+    _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
@@ -195,11 +196,13 @@ def attention_forward(
     grid = (triton.cdiv(longest, tiles.block_m) * heads * asked.sequences(batch),)
     if grid[0] == 0:
         return out, lse
+    sinks = None if asked.sinks is None else asked.sinks.contiguous()
     with _target.launching_on(q):
         _attention_forward_kernel[grid](
             q=rows_of(q), k=rows_of(k), v=rows_of(v), out=rows_of(out), lse_ptr=lse,
-            score=score_of(asked), sequences=sequences_of(asked), sinks_ptr=asked.sinks,
-            HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k, MAX_SEQ_Q=longest,
+            score=score_of(asked), sequences=sequences_of(asked), sinks_ptr=sinks,
+            HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
+            MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
             **window_of(asked),
             HEAD_DIM=head_dim, V_DIM=v_dim,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),

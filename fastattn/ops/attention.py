@@ -82,7 +82,7 @@ def refuse_triton_attention(
     if features is not None:
         for name, plane in (("bias", features.bias), ("mask", features.mask)):
             if plane is not None and rows_too_far(plane):
-                return f"{name}'s strides {tuple(plane.stride())} are above 2^23"
+                return f"{name}'s strides {tuple(plane.stride())} are 2^22 or more"
     return None
 
 
@@ -107,11 +107,14 @@ def _blockwise_reason(
         return "PyTorch's operator does not return the log-sum-exp"
     if features is not None:
         asked = [name for name in _NEEDS_BLOCKS if getattr(features, name) is not None]
+        asked += ["dropout_p"] * bool(
+            features.dropout_p
+        )  # always, so that a seed drops the same whatever else is asked
         if asked:
             return f"PyTorch's operator does not take {asked[0]}"
         if features.bias is not None and needs_graph(features.bias):
             return "PyTorch's operator holds all scores for the gradient of a bias"
-        if features.bias is not None and features.bias.dtype != q.dtype:
+        if features.bias is not None and features.bias.dtype not in (q.dtype, torch.float32):
             return f"PyTorch's operator takes no bias of {features.bias.dtype} with {q.dtype}"
         if features.bias is not None and (causal is not False or features.mask is not None):
             return "PyTorch's operator does not take a bias with another mask"
@@ -124,8 +127,6 @@ def _blockwise_reason(
         return None if few else "PyTorch's operator would need a mask of all scores"
     if few:
         return None
-    if features is not None and features.dropout_p:
-        return "PyTorch's operator would hold all scores for dropout"
     mask = None if features is None else features.bias if features.mask is None else features.mask
     if holds_all_scores(q, k, v, mask, 0.0, causal is not False, None, q.size(1) != k.size(1)):
         return "PyTorch's operator would hold all scores at once"
@@ -154,7 +155,9 @@ def holds_all_scores(
 ) -> bool:
     """Whether PyTorch's operator is known to take its path of quadratic memory, with more than a few scores."""
     if torch.compiler.is_compiling():
-        # The compiler cannot ask; no fused path takes other strides.
+        # The compiler cannot ask; no fused path takes these on every device.
+        if dropout_p or q.size(-1) != v.size(-1) or needs_graph(mask):
+            return True
         return not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     if q.size(-2) * k.size(-2) <= _FEW_SCORES or q.device.type not in _SDPA_CHOOSES:
         return False
@@ -193,8 +196,7 @@ def run_torch_attention(
     grouped = False
     if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
         grouped = True
-    dropout_p = 0.0 if features is None else float(features.dropout_p)
-    return torch_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    return torch_sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> Tensor:

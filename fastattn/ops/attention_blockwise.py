@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import autocasts
-from fastattn.kernels._layout import empty_out, empty_rows
+from fastattn.kernels._layout import empty_gradient, empty_out, empty_rows
 from fastattn.kernels._options import AttentionOptions
 from fastattn.ops._attention_blocks import Piece, pieces, scaled_product
 
@@ -128,7 +128,7 @@ def attention_blockwise_backward(
         dq,
         dk,
         dv,
-        q.new_empty(0) if dbias is None else dbias.to(given.bias.dtype),  # type: ignore[union-attr]
+        q.new_empty(0) if dbias is None else empty_gradient(given.bias).copy_(dbias),  # type: ignore[arg-type]
         q.new_empty(0) if dsinks is None else dsinks.to(given.sinks.dtype),  # type: ignore[union-attr]
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Operation
+from fastattn.dispatch import Operation, checking
 from fastattn.ops._attention_call import Features, check_attention, check_cu_seqlens
 from fastattn.ops.attention import (
     ATTENTION_IMPLEMENTATIONS,
@@ -148,7 +148,14 @@ def attention_varlen(
 
 
 def refuse_nested(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> str | None:
     """Why the kernels do not take a call of `scaled_dot_product_attention` on nested tensors, or None."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -160,6 +167,20 @@ def refuse_nested(
             return f"{name} has holes between its sequences"
     if attn_mask is not None:
         return "attn_mask goes with no nested tensor"
+    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p <= 1.0):
+        return f"dropout_p={dropout_p!r} is no number from 0 to 1"
+    (starts_k, *_), (starts_v, *_) = _lengths(key), _lengths(value)
+    if starts_k is not starts_v and checking(starts_k) and not torch.equal(starts_k, starts_v):
+        return "key and value are ragged in different ways"
+    if _values(key).size(0) != _values(value).size(0):
+        return "key and value have different numbers of rows"
+    if not query.size(0) == key.size(0) == value.size(0) or not query.dtype == key.dtype == value.dtype:
+        return "the batches or dtypes differ"
+    heads, kv_heads = query.size(1), key.size(1)
+    if kv_heads != value.size(1) or (heads != kv_heads and not (enable_gqa and heads % kv_heads == 0)):
+        return f"{heads} heads, {kv_heads} of key and {value.size(1)} of value do not fit together"
+    if query.size(3) != key.size(3):
+        return f"head_dim={query.size(3)} of query is not key's {key.size(3)}"
     q, k, v = (_values(t)[None].transpose(1, 2) for t in (query, key, value))
     return refuse_triton_attention(q, k, v)
 

@@ -135,7 +135,7 @@ def _with_heads(keys: Tensor, heads: int) -> Tensor:
 
 
 def _mask_of(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
-    """A mask of at most 4 dimensions; one of more has its batches made one, with a copy where it is broadcast."""
+    """A mask of at most 4 dimensions; one of more has its batches made one, with a copy where some are broadcast."""
     if mask.dim() < 2:
         raise _Refused("attn_mask needs 2 dimensions at least")
     if mask.dtype not in (torch.bool, query.dtype) and not (
@@ -147,6 +147,10 @@ def _mask_of(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
         return mask
     if mask.dim() <= 3:
         return mask
+    if mask.dim() > len(full):
+        raise _Refused(f"attn_mask has {mask.dim()} dimensions, and the scores {len(full)}")
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(1, *mask.shape[-3:])  # AlphaFold's pair bias
     shape = (*full[:batches], *mask.shape[-3:])
     try:
         return mask.expand(shape).reshape(math.prod(full[:batches]), *mask.shape[-3:])
@@ -193,11 +197,8 @@ def _blockwise_arguments(
     enable_gqa: bool,
 ) -> tuple[Any, ...] | None:
     """What blocks of PyTorch operators are given where PyTorch's function would hold all scores; else None."""
-    if (
-        not query.dim() == key.dim() == value.dim() == 4
-        or query.is_nested
-        or any(map(_overrides, (query, key, value, attn_mask)))
-    ):
+    tensors = (query, key, value)
+    if min(t.dim() for t in tensors) < 2 or query.is_nested or any(map(_overrides, (*tensors, attn_mask))):
         return None
     if not holds_all_scores(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         return None
@@ -224,7 +225,7 @@ def _run_torch(
         return _run_subclassed_mask(*arguments)
     blocks = _blockwise_arguments(*arguments)
     if blocks is not None:
-        return run_attention("blockwise", *blocks)  # type: ignore[return-value]
+        return _shaped(run_attention("blockwise", *blocks), query, key, value)
     return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -178,6 +178,36 @@ def test_offsets_out_of_range_stay_within_the_tensors(device: torch.device) -> N
         assert all(found[name].isfinite().all() for name in RESULTS if name != "lse")
 
 
+def test_sequences_longer_than_said_stay_within_the_bias(device: torch.device) -> None:
+    """A bias is as large as the longest sequence is said to be; NaN lies behind it."""
+    case = replace(SMALL, packed=True, batch=1, heads=1, kv_heads=1, seq_q=40, seq_k=40, bias="qk", mask="qk")
+    inputs = make_inputs(case, device)
+    rows = inputs["q"].size(2)
+    bias = torch.full((3, 1, 8, 8), float("nan"), device=device)
+    bias[1] = 0.0
+    mask = torch.zeros(3, 1, 8, 8, dtype=torch.bool, device=device)
+    mask[1] = True
+    starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+    short = replace(case, seq_q=8, seq_k=8)
+    given = inputs | {"bias": bias[1:2], "mask": mask[1:2], "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    found = launcher_results(short, given, "triton")
+    assert all(found[name].isfinite().all() for name in RESULTS if name != "lse")
+    assert found["out"][:, :, :8].any() and not found["out"][:, :, 8:].any()
+    assert found["dk"][:, :, :8].any() and not found["dk"][:, :, 8:].any()
+
+
+def test_sinks_of_any_stride(device: torch.device) -> None:
+    """The kernel reads them side by side."""
+    case = replace(SMALL, sinks=True)
+    inputs = make_inputs(case, device)
+    strided = make_tensor(case.heads, device=device, strides=(3,))
+    strided.copy_(inputs["sinks"])
+    first, second = (
+        launcher_results(case, inputs | {"sinks": s}, "triton") for s in (inputs["sinks"], strided)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in RESULTS)
+
+
 @pytest.mark.parametrize("bias", ["hqk", "bhqk"])
 def test_bias_of_any_strides(bias: str, device: torch.device) -> None:
     """T5's bias is (1, heads, q, k) with the heads innermost; gaps hold NaN."""

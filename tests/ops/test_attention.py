@@ -157,7 +157,9 @@ def test_opcheck(kind: str, right: int, device: torch.device) -> None:
     k, v = (make_tensor(1, 1, 23, 16, seed=seed, device=device) for seed in (2, 3))
     forward = getattr(torch.ops.fastattn, f"{kind}_forward").default
     backward = getattr(torch.ops.fastattn, f"{kind}_backward").default
-    bias, sinks = make_tensor(1, 2, 1, 23, device=device), make_tensor(2, device=device)
+    # T5's layout, heads innermost, which the gradient has too.
+    bias = make_tensor(1, 20, 23, 2, device=device).permute(0, 3, 1, 2)
+    sinks = make_tensor(2, device=device)
     for options in (
         AttentionOptions(0.25, right=right),
         AttentionOptions(0.25, 5, right, True, 2.0, bias=bias, sinks=sinks, mask=bias > -1),

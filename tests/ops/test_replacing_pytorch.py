@@ -100,3 +100,37 @@ def test_what_pytorch_would_hold_whole_goes_in_blocks() -> None:
     assert said["learned"].startswith("blocks of PyTorch operators in linear memory")
     assert said["plain"] == "torch.nn.functional.scaled_dot_product_attention"
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q))
+
+
+def test_blocks_serve_any_rank_and_the_compiler() -> None:
+    q, v = torch.randn(2, 512, 16), torch.randn(2, 512, 8)
+    with fastattn.use_implementation("torch"):
+        explained = fastattn.explain(fastattn.scaled_dot_product_attention, q, q, q, dropout_p=0.1)
+    assert explained.description.startswith("blocks of PyTorch operators")
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(
+        lambda q, v: fastattn.scaled_dot_product_attention(q, q, v), fullgraph=True, backend=backend
+    )
+    with fastattn.use_implementation("torch"):
+        found = compiled(q[None], v[None])
+    assert "attention_blockwise_forward" in graphs[0]
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q[None], q[None], v[None]))
+
+
+@pytest.mark.parametrize("batches", [(1, 1), (2, 1)])
+def test_a_mask_of_rank_5_is_not_multiplied(batches: tuple[int, int], device: torch.device) -> None:
+    """AlphaFold's pair bias is shared by all rows; its gradient has its own shape."""
+    q = torch.randn(2, 3, 2, 7, 16, device=device)
+    bias = torch.randn(*batches, 2, 7, 7, device=device, requires_grad=True)
+    expected = F.scaled_dot_product_attention(q, q, q, bias)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), bias)
+    with fastattn.use_implementation("triton"):
+        out = fastattn.scaled_dot_product_attention(q, q, q, bias)
+    (found,) = torch.autograd.grad(out.square().sum(), bias)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
