@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.dispatch import NotSupported
@@ -189,9 +188,6 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotSupported("block_table is given: keys and values in pages (a paged cache) are not supported")
     _check_shapes(q, k, v, "(total, heads, head_dim)")
-    if cu_seqlens_k is cu_seqlens_q and isinstance(cu_seqlens_q, Tensor) and torch.compiler.is_compiling():
-        # The compiler refuses an autograd Function that is given one tensor twice.
-        cu_seqlens_k = cu_seqlens_q.view_as(cu_seqlens_q)
     found = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         **_options(

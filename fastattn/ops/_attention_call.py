@@ -86,7 +86,7 @@ def _check_features(q: Tensor, k: Tensor, features: Features) -> None:
     check_same_device("q", q, **tensors)
     _check_window(features.window)
     _check_dropout(features.dropout_p)
-    if features.softcap is not None and not (features.softcap > 0 and math.isfinite(features.softcap)):
+    if features.softcap is not None and not 0 < features.softcap < math.inf:
         raise ValueError(f"softcap={features.softcap} must be positive and finite, or None")
     batch = features.cu_seqlens_q.numel() - 1 if packed and features.cu_seqlens_q is not None else q.size(0)
     full = (

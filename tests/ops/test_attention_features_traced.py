@@ -233,3 +233,15 @@ def test_memory_is_linear_with_every_score_option() -> None:
         peak = max(peak, held)
     assert 0 < peak < 48 * 2**20  # 63 with blocks of 2^24 scores
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v, bias))
+
+
+def test_numbers_may_be_inputs_of_a_compiled_function() -> None:
+    """With dynamic shapes the compiler traces a float argument; a check by math.isfinite broke the graph."""
+
+    def attend(q: Tensor, softcap: float, scale: float) -> Tensor:
+        return fastattn.attention(q, q, q, softcap=softcap, scale=scale, implementation="torch")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)
+    q = make_tensor(1, 2, 9, 16)
+    for softcap, scale in ((5.0, 0.3), (2.0, 0.1)):
+        torch.testing.assert_close(compiled(q, softcap, scale), attend(q, softcap, scale))
