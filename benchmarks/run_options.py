@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
 from benchmarks.demo_options import IMPLEMENTATIONS
 from benchmarks.measure import first_line
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import is_row, results_folder, writable
 from benchmarks.suites import SUITES, TRAINING_STEPS
-
-assert peers  # its import registers the peers' providers
 
 # Every name that --suite takes, in the order in which "all" runs them.
 NAMES = (*SUITES, "train", "host")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of
-from fastattn.kernels._config import AttentionConfig, score_load, select_attention_config
+from fastattn.kernels._attention_config import AttentionConfig, score_load, select_attention_config
 from fastattn.kernels._layout import block_d, empty_gradient, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._config import AttentionConfig
+from fastattn.kernels._attention_config import AttentionConfig
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._config import AttentionConfig, score_load, select_attention_config
+from fastattn.kernels._attention_config import AttentionConfig, score_load, select_attention_config
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions

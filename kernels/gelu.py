@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._config import select_gelu_config
 from fastattn.kernels._math import _gelu, _gelu_derivative
+from fastattn.kernels._pointwise_config import select_gelu_config
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._config import LayerNormConfig, select_layer_norm_forward_config
+from fastattn.kernels._norm_config import LayerNormConfig, select_layer_norm_forward_config
 
 
 @triton.jit

@@ -207,7 +207,7 @@ def test_padding_mask_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((tuple(keywords["mask"].shape), keywords["bias"], keywords["causal"]))
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(fastattn.nn, "attention", spy)
+    monkeypatch.setattr("fastattn.nn.attention.attention", spy)
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = make_tensor(BATCH, SEQ_Q, EMBED)
     for is_causal in (False, True):
@@ -225,7 +225,7 @@ def test_heads_are_views(batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> 
         seen.extend((q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    monkeypatch.setattr(fastattn.nn, "attention", spy)
+    monkeypatch.setattr("fastattn.nn.attention.attention", spy)
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
     x = make_tensor(BATCH, SEQ_Q, EMBED) if batch_first else make_tensor(SEQ_Q, BATCH, EMBED)
     module(x, x, x)

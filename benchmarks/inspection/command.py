@@ -28,7 +28,7 @@ from benchmarks.inspection.rows import (
 from benchmarks.measure import first_line
 from fastattn.kernels._target import KNOWN_TARGETS
 
-# One of each family of launch configs; see kernels/_config.py.
+# One of each family of launch configs; see kernels/_*_config.py.
 DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
 
 

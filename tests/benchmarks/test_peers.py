@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
-from benchmarks import peers
 from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
 from benchmarks.measure import DIRECTIONS, Inputs, _empty_row, prepare
-from benchmarks.providers import Absent
+from benchmarks.providers import Absent, peers
 from fastattn import reference
 
 CPU = torch.device("cpu")

@@ -5,14 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import cases, peers, providers
+from benchmarks import cases
 from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
 from fastattn import dispatch
 
-assert peers  # its import registers them
 CPU = torch.device("cpu")
 CASES = (
     AttentionCase(2, 4, 9, 16, kv_heads=2, seq_k=13, causal="bottom_right"),
@@ -57,7 +56,8 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
 @pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case.name)
 def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
     """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
-    monkeypatch.setattr(providers, "_refuse_interpreter", lambda device: None)
+    for module in ("attention", "norm", "mlp"):
+        monkeypatch.setattr(f"benchmarks.providers.{module}.refuse_interpreter", lambda device: None)
     for direction in DIRECTIONS:
         prepare(Inputs(case, device), "fastattn-triton", direction)
 
@@ -132,7 +132,7 @@ def test_provider_names_are_checked():
 @pytest.mark.gpu
 def test_inputs_on_a_gpu_are_drawn_there(device, monkeypatch):
     """The largest took seconds each on the host."""
-    monkeypatch.setattr(cases, "make_tensor", lambda *shape, **options: pytest.fail("drawn on the host"))
+    monkeypatch.setattr(cases.base, "make_tensor", lambda *shape, **options: pytest.fail("drawn on the host"))
     case = AttentionCase(1, 2, 17, 16, dtype=torch.bfloat16)
     first, again = case.inputs(device), case.inputs(device)
     assert all(a.equal(b) and a.requires_grad and a.is_cuda for a, b in zip(first, again, strict=True))

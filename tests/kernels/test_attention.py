@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.kernels._config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
 from fastattn.kernels._layout import block_d, rows_contiguous, rows_too_far
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.kernels._config import (
+from fastattn.kernels._norm_config import (
     LayerNormBackwardConfig,
     LayerNormConfig,
     select_layer_norm_backward_config,

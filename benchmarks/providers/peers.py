@@ -1,4 +1,4 @@
-"""Other packages' kernels as providers: absent where they are not installed. Import registers them.
+"""Other packages' kernels as providers: absent where they are not installed.
 
 Written against flash-attn 2.8 and 4.0b36, xFormers 0.0.35, Liger 0.8.5 and QuACK 0.6.5 (which has a LayerNorm, but
 no public function of it). None has been run here yet: without a GPU each is absent.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
-from benchmarks.providers import NOTES, Absent, Function, provider
+from benchmarks.providers.registry import NOTES, Absent, Function, provider
 
 
 def _import(module: str, device: torch.device) -> Any:

@@ -1,12 +1,7 @@
-"""Modules in the place of torch.nn's: the same parameters, initial values and state dicts, other kernels.
-
-Each takes `implementation=` ("triton", "torch", "reference", or None for the first that can), as fastattn's
-functions do.
-"""
+"""Attention modules in the place of torch.nn's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,44 +11,6 @@ from torch import Tensor
 
 from fastattn.dispatch import NotSupported
 from fastattn.ops.attention import attention
-from fastattn.ops.gelu import gelu
-from fastattn.ops.layer_norm import layer_norm
-
-__all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
-
-
-class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` by `fastattn.layer_norm`; the arguments before `implementation` are its own."""
-
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        implementation: str | None = None,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.implementation = implementation
-
-    def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, implementation=self.implementation
-        )
-
-
-class GELU(torch.nn.GELU):
-    """`torch.nn.GELU` by `fastattn.gelu`."""
-
-    def __init__(self, approximate: str = "none", *, implementation: str | None = None) -> None:
-        super().__init__(approximate)
-        self.implementation = implementation
-
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, self.approximate, implementation=self.implementation)
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

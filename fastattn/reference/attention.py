@@ -1,13 +1,8 @@
-"""The naive PyTorch maths: the truth that tests measure against, and the baseline of the benchmarks.
-
-Every function works in the dtype of its inputs: given float64 inputs it is the truth, given bfloat16 inputs it
-is what a plain PyTorch program computes. Memory is quadratic in the sequence where the formula is.
-"""
+"""Attention by its formula; memory is quadratic in the sequence, as the formula is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -259,33 +254,3 @@ def window_mask(
     if right is not None:
         attends &= key <= own + right
     return attends
-
-
-def layer_norm(
-    x: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the trailing `normalized_shape` dimensions.
-
-    Computed in float32 where x is narrower, as every implementation does.
-    """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    dims = tuple(range(-len(shape), 0))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
-
-
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x * Phi(x) ("none") or its tanh form ("tanh"), from elementary operators."""
-    if approximate == "tanh":
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))

@@ -1,0 +1,31 @@
+"""What can be measured: a frozen shape of an operation, its inputs, and the formula that results are held against.
+
+A case knows its name (for tables and test ids) and makes its own inputs, so that every provider gets the same
+values in the same layout. benchmarks/suites.py says which cases are measured.
+"""
+
+from benchmarks.cases.attention import AttentionCase
+from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
+from benchmarks.cases.loss import LossCase
+from benchmarks.cases.mlp import GeluCase, MlpCase
+from benchmarks.cases.model import BlockCase, GptCase, call_block
+from benchmarks.cases.norm import LayerNormCase
+
+OpCase = AttentionCase | LayerNormCase | GeluCase | MlpCase | LossCase | BlockCase
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "AttentionCase",
+    "BlockCase",
+    "Case",
+    "GeluCase",
+    "GptCase",
+    "LayerNormCase",
+    "LossCase",
+    "MlpCase",
+    "OpCase",
+    "call_block",
+    "draw",
+    "shape_of",
+]

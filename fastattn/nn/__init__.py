@@ -1,0 +1,11 @@
+"""Modules in the place of torch.nn's: the same parameters, initial values and state dicts, other kernels.
+
+Each takes `implementation=` ("triton", "torch", "reference", or None for the first that can), as fastattn's
+functions do.
+"""
+
+from fastattn.nn.activation import GELU
+from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.norm import LayerNorm
+
+__all__ = ["GELU", "LayerNorm", "MultiheadAttention"]

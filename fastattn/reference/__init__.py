@@ -1,0 +1,25 @@
+"""The naive PyTorch maths: the truth that tests measure against, and the baseline of the benchmarks.
+
+Every function works in the dtype of its inputs: given float64 inputs it is the truth, given bfloat16 inputs it
+is what a plain PyTorch program computes.
+"""
+
+from fastattn.reference.activation import gelu
+from fastattn.reference.attention import (
+    attention,
+    attention_varlen,
+    causal_mask,
+    scaled_dot_product_attention,
+    window_mask,
+)
+from fastattn.reference.norm import layer_norm
+
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "causal_mask",
+    "gelu",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "window_mask",
+]
