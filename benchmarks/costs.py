@@ -19,6 +19,7 @@ from benchmarks.cases import (
     MlpCase,
     OpCase,
 )
+from benchmarks.cases.attention_options import learned_parameters
 
 _FLOAT32, _INT64 = 4, 8
 
@@ -42,35 +43,56 @@ class Cost:
         return self.bytes / milliseconds / 1e6
 
 
-def attention_pairs(seq_q: int, seq_k: int, causal: bool | str) -> int:
-    """How many (query, key) pairs are not masked, in one head."""
+def attention_pairs(seq_q: int, seq_k: int, causal: bool | str, left: int | None = None) -> int:
+    """How many (query, key) pairs are not masked, in one head; `left` is a causal window's."""
     if not causal:
         return seq_q * seq_k
-    if causal == "bottom_right":
-        if seq_k >= seq_q:  # query i sees i + 1 + (seq_k - seq_q) keys
-            return seq_q * (seq_q + 1) // 2 + seq_q * (seq_k - seq_q)
-        return seq_k * (seq_k + 1) // 2  # the first seq_q - seq_k queries see none
-    diagonal = min(seq_q, seq_k)  # top_left: query i sees min(i + 1, seq_k) keys
-    return diagonal * (diagonal + 1) // 2 + (seq_q - diagonal) * seq_k
+    offset = seq_k - seq_q if causal == "bottom_right" else 0
+    pairs = _pairs_up_to(seq_q, seq_k, offset)
+    return pairs if left is None else pairs - _pairs_up_to(seq_q, seq_k, offset - left - 1)
+
+
+def _pairs_up_to(seq_q: int, seq_k: int, offset: int) -> int:
+    """How many of the keys are at most i + offset, added up over the queries i."""
+    first = min(max(0, -offset), seq_q)  # the first query with a key
+    full = min(max(seq_k - offset - 1, first), seq_q)  # the first one with all keys
+    rising = full - first
+    return rising * (first + full - 1) // 2 + rising * (offset + 1) + (seq_q - full) * seq_k
+
+
+def _case_pairs(case: AttentionCase) -> int:
+    """Unmasked pairs in all heads. Padding by a mask or by lengths is not taken off."""
+    batch, heads, _, seq_q, seq_k, _ = case.shape
+    window = case.keywords("meta").get("window")
+    if window is None:
+        return batch * heads * attention_pairs(seq_q, seq_k, case.causal)
+    # It ends at a query's own key, as a causal mask at the bottom right does.
+    return batch * heads * attention_pairs(seq_q, seq_k, case.causal or "bottom_right", window[0])
+
+
+def _learned_bytes(case: AttentionCase) -> int:
+    """What options learn: a bias is read once, as everything is."""
+    learned = learned_parameters(case.asked, case.shape, case.dtype, "meta").values()
+    return sum(t.nbytes for t in learned)
 
 
 def attention_forward(case: AttentionCase, save_lse: bool = False) -> Cost:
-    """Two matrix products over the unmasked pairs; softmax is not counted, as is customary."""
+    """Two matrix products over the unmasked pairs; as is customary, the softmax is not counted."""
     batch, heads, kv_heads, seq_q, seq_k, head_dim = case.shape
-    pairs = batch * heads * attention_pairs(seq_q, seq_k, case.causal)
     queries, keys = batch * heads * seq_q * head_dim, batch * kv_heads * seq_k * head_dim
     traffic = (2 * queries + 2 * keys) * case.dtype.itemsize  # q, out, k, v
-    return Cost(4 * pairs * head_dim, traffic + (batch * heads * seq_q * _FLOAT32 if save_lse else 0))
+    lse = batch * heads * seq_q * _FLOAT32 if save_lse or "lse" in case.asked else 0
+    return Cost(4 * _case_pairs(case) * head_dim, traffic + lse + _learned_bytes(case))
 
 
 def attention_backward(case: AttentionCase) -> Cost:
     """Five matrix products: the scores again, dV, dP, dQ and dK. 2.5 times the forward's arithmetic."""
     batch, heads, kv_heads, seq_q, seq_k, head_dim = case.shape
-    pairs = batch * heads * attention_pairs(seq_q, seq_k, case.causal)
     queries, keys = batch * heads * seq_q * head_dim, batch * kv_heads * seq_k * head_dim
-    # Reads q, out, dout, k, v and lse; writes dq, dk, dv.
-    traffic = (4 * queries + 4 * keys) * case.dtype.itemsize + batch * heads * seq_q * _FLOAT32
-    return Cost(10 * pairs * head_dim, traffic)
+    # Reads q, out, dout, k, v and lse (and its gradient); writes dq, dk, dv. What is learned is read and written.
+    lse = batch * heads * seq_q * _FLOAT32 * (2 if "lse" in case.asked else 1)
+    traffic = (4 * queries + 4 * keys) * case.dtype.itemsize + lse + 2 * _learned_bytes(case)
+    return Cost(10 * _case_pairs(case) * head_dim, traffic)
 
 
 def layer_norm_forward(case: LayerNormCase, save_statistics: bool = False) -> Cost:

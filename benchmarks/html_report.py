@@ -370,6 +370,8 @@ _COLUMNS: tuple[tuple[str, bool, Callable[[Row], Cell]], ...] = (
     ("peak MiB", True, _number("peak_mib")),
     ("time / torch", True, _versus("torch")),
     ("time / naive", True, _versus("naive")),
+    ("time / plain", True, _versus("plain")),
+    ("plain's peak MiB", True, _number("plain_peak_mib")),
     ("time / itself", True, _versus("itself")),
     ("clock, MHz", True, _count("clock_mhz")),
     ("rounds", True, _count("rounds")),

@@ -7,19 +7,19 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OpCase, draw, shape_of
+from benchmarks.cases import OpCase, shape_of
 from benchmarks.costs import operation_cost
 from benchmarks.environment import clocks
+from benchmarks.inputs import Inputs
 from benchmarks.memory import peak_memory
-from benchmarks.providers import BASELINES, NOTES, PROVIDERS, Absent, Function
+from benchmarks.providers import BASELINES, NOTES, PROVIDERS, Absent
 from benchmarks.timing import (
     Timer,
     interleave,
@@ -30,7 +30,6 @@ from benchmarks.timing import (
     waits_for_device,
 )
 from fastattn import NotSupported
-from fastattn.testing import assert_accurate
 
 Row = dict[str, Any]
 
@@ -38,96 +37,10 @@ DIRECTIONS = ("forward", "forward+backward")
 
 # A baseline's call that is timed a second time in the same rounds: how far its two times lie apart is noise.
 _AGAIN = " again"
+# A provider's call of the same case without its options, in the same rounds: what the options cost.
+_PLAIN = " plain"
 # Clocks are read while this much work is queued: the tool that reads them takes a few tens of milliseconds.
 _LOAD_MS = 250.0
-
-
-@dataclass
-class Inputs:
-    """A case's tensors, and what every result is checked against; made once, shared by all providers."""
-
-    case: OpCase
-    device: torch.device
-    tensors: tuple[Tensor, ...] = field(init=False)
-    grad_output: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Each case compiles anew: without this the ninth would silently run eagerly, and with it in a provider, the
-        # provider before would lose its code.
-        torch._dynamo.reset()
-        self.tensors = self.case.inputs(self.device)
-        with torch.no_grad():
-            out = self.case.reference(*(torch.empty_like(t, device="meta") for t in self.tensors))
-        if out.dim() == 0:  # a loss, whose backward() begins with 1; kernels may take that for granted
-            self.grad_output = torch.ones((), dtype=out.dtype, device=self.device)
-        else:
-            self.grad_output = draw(*out.shape, dtype=out.dtype, device=self.device, seed=9).detach()
-        self._kept = [t.detach().clone() for t in (*self.tensors, self.grad_output)]
-        self._truth = self._expected(torch.float64)
-        self._peer = self._expected(None)
-
-    def _expected(self, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        """What is compared of the formula's result and gradients, in this dtype or the case's own."""
-        given = (self.grad_output, *(t.detach() for t in self.tensors))
-        pieces = [
-            _run_both(
-                self.case.reference, [t.to(dtype or t.dtype) for t in tensors], grad.to(dtype or grad.dtype)
-            )
-            for grad, *tensors in self.case.samples(given)
-        ]
-        whole = pieces[0] if len(pieces) == 1 else tuple(torch.cat(t) for t in zip(*pieces, strict=True))
-        # A view would keep all of a large float64 tensor alive while providers are timed.
-        return tuple(t.clone() for t in self.case.part(whole))
-
-    def call(self, function: Function, direction: str) -> Callable[[], tuple[Tensor, ...]]:
-        """The function on these inputs, without a graph, or with the gradients of every input."""
-        if direction == "forward":
-
-            def forward() -> tuple[Tensor, ...]:
-                with torch.no_grad():
-                    return (function(*self.tensors),)
-
-            return forward
-
-        def forward_backward() -> tuple[Tensor, ...]:
-            out = function(*self.tensors)
-            return (out, *torch.autograd.grad(out, self.tensors, self.grad_output))
-
-        return forward_backward
-
-    def check(self, function: Function, direction: str) -> None:
-        """Asserts that the result, and the gradients where asked for, are as exact as the naive formula's."""
-        try:
-            results = self.call(function, direction)()
-        finally:
-            overwritten = self._restore_overwritten()
-        assert not overwritten, f"it overwrote {overwritten[0]}"
-        names = ("output", *(f"gradient {index}" for index in range(len(self.tensors))))
-        for name, result, like in zip(names, results, (self.grad_output, *self.tensors), strict=False):
-            _check_whole(name, result, like)
-        rows = math.prod(self.tensors[0].shape[:-1])
-        compared = self.case.part(results)
-        for name, actual, peer, truth in zip(names, compared, self._peer, self._truth, strict=False):
-            # A parameter's gradient is a sum over all rows, and its rounding grows with their root.
-            of_parameter = 1 <= actual.dim() <= 2 and name not in ("output", "gradient 0")
-            assert_accurate(actual, peer, truth, name=name, growth=math.sqrt(rows) if of_parameter else 1.0)
-
-    def _restore_overwritten(self) -> list[str]:
-        """Makes what every provider is given what it was again, and names what was not."""
-        names = (*(f"input {index}" for index in range(len(self.tensors))), "the output's gradient")
-        changed = []
-        for name, tensor, kept in zip(names, (*self.tensors, self.grad_output), self._kept, strict=True):
-            if not tensor.equal(kept):
-                tensor.data.copy_(kept)
-                changed.append(name)
-        return changed
-
-
-def _check_whole(name: str, result: Tensor, like: Tensor) -> None:
-    """Asserts of a whole result what can be seen without its truth, of which only a part is computed."""
-    assert result.shape == like.shape, f"{name} has shape {tuple(result.shape)}, not {tuple(like.shape)}"
-    assert result.dtype == like.dtype, f"{name} has {result.dtype}, not {like.dtype}"
-    assert result.isfinite().all(), f"{name} holds infinities or NaN"
 
 
 class Failed(Exception):
@@ -140,12 +53,6 @@ class Failed(Exception):
 
 # How PyTorch says that a forced back end does not take a call, and that there is no compiler.
 _REFUSED = re.compile(r"No available kernel|C\+\+ compiler|InvalidCxxCompiler")
-
-
-def _run_both(function: Function, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    leaves = tuple(t.detach().requires_grad_() for t in tensors)
-    out = function(*leaves)
-    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
 
 def prepare(inputs: Inputs, name: str, direction: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -232,13 +139,27 @@ def _measure_directions(
         for name in names:
             with failing(rows[name]):
                 calls[name] = prepare(inputs, name, direction)
-        samples = timed(calls, rows, timer, rounds)
+        plain = _plain_calls(inputs, calls, direction)
+        samples = timed(calls | plain, rows, timer, rounds)
         for name, call in calls.items():
             if rows[name]["status"] == "ok":
                 with failing(rows[name]):
                     rows[name] |= _measured(case, direction, call, figures(name, samples), timer, device)
+                    if name + _PLAIN in samples:
+                        rows[name]["plain_peak_mib"] = peak_memory(plain[name + _PLAIN], device) / 2**20
         _record_clocks(calls, rows, device)
         yield from rows.values()
+
+
+def _plain_calls(inputs: Inputs, names: Iterable[str], direction: str) -> dict[str, Callable[[], Any]]:
+    """The providers' calls of the case without its options, where it has any."""
+    without = inputs.without_options()
+    if without is None:
+        return {}
+    providers = PROVIDERS[without.case.operation]
+    return {
+        name + _PLAIN: without.call(providers[name](without.case, inputs.device), direction) for name in names
+    }
 
 
 def _empty_row(case: OpCase, direction: str, name: str) -> Row:
@@ -253,7 +174,7 @@ def timed(
     """Samples of the calls in interleaved rounds; an error is the result of that provider's row."""
 
     def dropped(name: str, error: Exception) -> None:
-        record_failure(rows[name.removesuffix(_AGAIN)], error)
+        record_failure(rows[name.removesuffix(_AGAIN).removesuffix(_PLAIN)], error)
 
     return interleave(with_repeat(calls), timer, rounds, dropped=dropped)
 
@@ -294,7 +215,8 @@ def with_repeat(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[]
 def figures(name: str, samples: dict[str, list[float]]) -> Row:
     """Median, quartiles and the ratio to each baseline that was timed in the same rounds.
 
-    `time_vs_itself` is there for the provider that was timed twice: any distance from 1 is noise.
+    `time_vs_itself` is there for the provider that was timed twice: any distance from 1 is noise. `time_vs_plain` is
+    there for a case with options: the time over that without them.
     """
     summary = summarize(samples[name])
     row: Row = {
@@ -303,7 +225,8 @@ def figures(name: str, samples: dict[str, list[float]]) -> Row:
         "high_ms": summary.high,
         "rounds": summary.count,
     }
-    others = {baseline: baseline for baseline in BASELINES} | {"itself": name + _AGAIN}
+    others = {baseline: baseline for baseline in BASELINES}
+    others |= {"itself": name + _AGAIN, "plain": name + _PLAIN}
     for label, other in others.items():
         if other in samples:
             ratio = time_ratio(samples[name], samples[other])

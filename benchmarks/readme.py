@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.environment import REPOSITORY
 from benchmarks.report import noise, ratio, significant, spread
+from benchmarks.suites import BOTH, FORWARD
 
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -116,7 +117,8 @@ def run_figures(content: dict[str, Any], folder: str) -> str:
     """Every case of the suites: PyTorch's time, and how many times that naive PyTorch and fastattn take."""
     cases: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in content["rows"]:
-        cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
+        if row.get("suite") != "options":
+            cases.setdefault((row["operation"], row["case"], row["direction"]), {})[row["provider"]] = row
     lines = [
         f"The suites, commit {content['environment']['commit']}, in `{folder}/` (its `report.html` has plots and",
         f"every provider); {noise(content['rows'])}:",
@@ -137,6 +139,32 @@ def run_figures(content: dict[str, Any], folder: str) -> str:
     return "\n".join(lines)
 
 
+def options_figures(content: dict[str, Any], folder: str) -> str:
+    """What each of attention's options costs over the same call without it."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if row.get("suite") == "options" and row["provider"] == "fastattn" and _ran(row):
+            cases.setdefault(row["shape"]["options"], {})[row["direction"]] = row
+    first = next(iter(cases.values()), {}).get(FORWARD)
+    shape = first["case"].removesuffix(f"-{first['shape']['options']}") if first else "no case was measured"
+    lines = [
+        f"What each option costs over the same call without it, in the same rounds ({shape}, in `{folder}/`):",
+        "",
+        "| option | forward: time / plain [95 %] | with backward: time / plain [95 %] | with backward: time / naive's "
+        "[95 %] | peak MiB, forward: plain, with it | peak MiB, with backward: plain, with it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, directions in cases.items():
+        forward, both = (directions.get(direction, {}) for direction in (FORWARD, BOTH))
+        cells = [ratio(forward, "time_vs_plain"), ratio(both, "time_vs_plain"), ratio(both, "time_vs_naive")]
+        cells += [
+            f"{significant(row.get('plain_peak_mib'))}, {significant(row.get('peak_mib'))}"
+            for row in (forward, both)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _ran(row: dict[str, Any]) -> bool:
     return row["status"] == "ok" and "median_ms" in row
 
@@ -146,4 +174,5 @@ _FIGURES: dict[str, tuple[Callable[[dict[str, Any], str], str], str, str]] = {
     "demo": (demo_figures, "demo", "demo.json"),
     "host": (host_figures, "host", "results.json"),
     "run": (run_figures, "run", "results.json"),
+    "options": (options_figures, "run", "results.json"),
 }

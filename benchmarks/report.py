@@ -162,6 +162,8 @@ def noise(rows: Iterable[Row]) -> str:
 
 def operation_table(operation: str, rows: Iterable[Row]) -> Table:
     """Times, rates, memory and ratios of one operation; what did not run is listed with its reason."""
+    rows = list(rows)
+    with_options = any(row.get("time_vs_plain") is not None for row in rows)
     table = Table(
         title=f"{operation}: median of interleaved rounds, quartiles beside it", title_justify="left"
     )
@@ -176,8 +178,9 @@ def operation_table(operation: str, rows: Iterable[Row]) -> Table:
         ("peak MiB", "right"),
         ("time / torch", "right"),
         ("time / naive", "right"),
+        *((("time / plain", "right"),) if with_options else ()),
     ):
-        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(header, justify=justify, overflow="fold")
     previous: tuple[str, str] | None = None
     for row in rows:
         group = (row["case"], row["direction"])
@@ -198,6 +201,7 @@ def operation_table(operation: str, rows: Iterable[Row]) -> Table:
             significant(row.get("peak_mib")),
             ratio(row, "time_vs_torch"),
             ratio(row, "time_vs_naive"),
+            *((ratio(row, "time_vs_plain"),) if with_options else ()),
         )
     return table
 

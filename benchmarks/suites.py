@@ -20,6 +20,7 @@ from benchmarks.cases import (
     MlpCase,
     OpCase,
 )
+from benchmarks.cases.attention_options import OPTIONS
 
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -46,6 +47,9 @@ def _attention(seq: int, head_dim: int, causal: str | bool = "top_left", **other
     heads, batch = 2048 // head_dim, max(1, 16384 // seq)
     return AttentionCase(batch, heads, seq, head_dim, causal=causal, dtype=_BF16, **others)  # type: ignore[arg-type]
 
+
+# Each option alone, and together what a large model of today has.
+_OPTIONS = (*OPTIONS, "window+softcap+sinks")
 
 SUITES = {
     suite.name: suite
@@ -74,6 +78,16 @@ SUITES = {
                 _attention(4096, 96),
                 AttentionCase(4, 16, 4096, 64, causal="top_left", dtype=torch.float16),
                 _attention(32768, 128),
+            ),
+        ),
+        Suite(
+            "options",
+            "what attention's options cost, over the same call without them",
+            cpu=tuple(AttentionCase(2, 4, 512, 64, causal="top_left", options=name) for name in _OPTIONS),
+            # Not larger, as gradients that add up over the batch are checked against all of it in float64.
+            gpu=tuple(
+                AttentionCase(2, 8, 4096, 128, causal="top_left", dtype=_BF16, options=name)
+                for name in _OPTIONS
             ),
         ),
         Suite(

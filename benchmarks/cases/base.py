@@ -28,14 +28,14 @@ class Case(Protocol):
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """The tensors that every provider is called with, with gradients required where there are any."""
 
-    def reference(self, *tensors: Tensor) -> Tensor:
-        """The operation by its formula, in the dtype of the tensors."""
+    def reference(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The operation by its formula, in the dtype of the tensors: one output or several."""
 
     def part(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What is compared of (output, *gradients): little, and telling."""
+        """What is compared of (*outputs, *gradients): little, and telling."""
 
     def samples(self, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """Of (output's gradient, *inputs), pieces from which that part can be computed, one piece at a time."""
+        """Of (*outputs' gradients, *inputs), pieces from which that part can be computed, one piece at a time."""
 
 
 def shape_of(case: Any) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _pairs(arguments: dict[str, Any]) -> tuple[int, int]:
     causal: bool | str = False
     if arguments["RIGHT"] == 0:
         causal = "bottom_right" if arguments["BOTTOM_RIGHT"] else "top_left"
-    return batch * heads, attention_pairs(seq_q, seq_k, causal)
+    left = arguments["LEFT"] if causal and arguments["LEFT"] >= 0 else None
+    return batch * heads, attention_pairs(seq_q, seq_k, causal, left)
 
 
 def bound_of(work: Work, arch: str) -> Bound:

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import DTYPES, AttentionCase, OpCase
+from benchmarks.cases.attention_options import split_options
 from benchmarks.inspection import compare
 from benchmarks.inspection.launches import LaunchError, user_launch
 from benchmarks.inspection.rows import (
-    SCORES,
     InspectionRow,
     failures,
     inspect_case,
@@ -39,7 +39,6 @@ _FLAGS = {"false": False, "true": True}
 _WORDS: dict[str, dict[str, Any]] = {
     "dtype": dict(DTYPES),
     "causal": {**_FLAGS, "top_left": "top_left", "bottom_right": "bottom_right"},
-    "score": {name: name for name in SCORES},
     "affine": _FLAGS,
     "approximate": {"none": "none", "tanh": "tanh"},
 }
@@ -89,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shape", nargs="+", default=[], metavar="NAME=VALUE",
-        help="one shape instead of the shipped ones, e.g. seq_q=8192 head_dim=96 dtype=bf16 causal=top_left",
+        help="one shape instead of the shipped ones, e.g. seq_q=8192 head_dim=96 dtype=bf16 causal=top_left "
+        "options=bias+softcap",
     )  # fmt: skip
     parser.add_argument(
         "--signature", nargs="+", default=[], metavar="NAME=TYPE",
@@ -200,6 +200,12 @@ def _shape_part(part: str, known: Collection[str]) -> tuple[str, Any]:
         raise InspectError(f"--shape takes NAME=VALUE, not {part!r}")
     if name not in known:
         raise InspectError(f"--shape has no {name!r} here; there are {', '.join(sorted(known))}")
+    if name == "options":
+        try:
+            split_options(text)
+        except ValueError as error:
+            raise InspectError(f"--shape {error}") from None
+        return name, text
     if name in _WORDS:
         words = _WORDS[name]
         if text.lower() not in words:

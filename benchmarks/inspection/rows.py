@@ -12,8 +12,8 @@ from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import read_machine_code
-from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS
+from fastattn.ops._attention_call import Features, options_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def shipped_cases() -> list[OpCase]:
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=dtype))
         if narrow:
             # The tiles of `score_load`'s "light" and "heavy".
-            for head_dim, score in ((128, "window"), (64, "bias"), (128, "mask-dropout")):
-                cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, score=score))
+            for head_dim, options in ((128, "window"), (64, "bias"), (128, "mask+dropout")):
+                cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
         cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
     return cases
@@ -95,27 +95,13 @@ def _launch_attention(case: AttentionCase) -> None:
     from fastattn.kernels.attention_backward import attention_backward
     from fastattn.kernels.attention_forward import attention_forward
 
-    q, k, v = (t.detach() for t in case.inputs("meta"))
-    options = AttentionOptions(
-        case.head_dim**-0.5, right=0 if case.causal else -1, bottom_right=case.causal == "bottom_right"
-    )
-    options = options._replace(**SCORES[case.score](case))
+    q, k, v, *learned = (t.detach() for t in case.inputs("meta"))
+    keywords = case.keywords("meta") | case.learned(tuple(learned))
+    keywords.pop("return_lse", None)  # it is always made
+    causal = keywords.pop("causal")
+    options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
     out, lse = attention_forward(q, k, v, *options)
     attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
-
-
-SCORES: dict[str, Callable[[AttentionCase], dict[str, Any]]] = {
-    "": lambda case: {},
-    "window": lambda case: {"left": 1024, "right": 0},
-    "bias": lambda case: {
-        "bias": torch.empty(1, case.heads, *case.shape[3:5], dtype=case.dtype, device="meta")
-    },
-    "mask-dropout": lambda case: {
-        "mask": torch.empty(case.batch, 1, 1, case.shape[4], dtype=torch.bool, device="meta"),
-        "dropout_p": 0.1,
-        "dropout_seed": torch.empty(2, dtype=torch.int64, device="meta"),
-    },
-}
 
 
 def _launch_layer_norm(case: LayerNormCase) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import dispatch
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Provider = Callable[[Any, torch.device], Function]
 
 # operation -> name -> provider, in the order of the tables

@@ -65,6 +65,25 @@ def test_attention_pairs_are_those_of_the_mask(case):
     assert costs.attention_pairs(seq_q, seq_k, case.causal) == mask.sum().item()
 
 
+@pytest.mark.parametrize("left", (0, 2, 5, 20))
+@pytest.mark.parametrize("case", [c for c in ATTENTION if c.causal], ids=lambda case: case.name)
+def test_attention_pairs_are_those_of_the_window(case, left):
+    _, _, _, seq_q, seq_k, _ = case.shape
+    mask = reference.window_mask(seq_q, seq_k, (left, 0), case.causal)
+    assert costs.attention_pairs(seq_q, seq_k, case.causal, left) == mask.sum().item()
+
+
+def test_options_count_what_they_read_and_what_they_save():
+    """A bias is read once forward, read and written backward; a window of a quarter leaves as many products."""
+    plain = AttentionCase(2, 3, 8, 4, causal="top_left")
+    bias, window = (replace(plain, options=name) for name in ("bias", "window"))
+    assert costs.attention_forward(bias).bytes - costs.attention_forward(plain).bytes == 3 * 8 * 8 * 4
+    assert costs.attention_backward(bias).bytes - costs.attention_backward(plain).bytes == 2 * 3 * 8 * 8 * 4
+    seen = reference.window_mask(8, 8, (2, 0), "top_left").sum().item()
+    assert costs.attention_forward(window).flops == 2 * 3 * seen * 4 * 4
+    assert costs.attention_forward(replace(window, causal=False)).flops == 2 * 3 * seen * 4 * 4
+
+
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
 def test_attention_flops_are_two_for_each_product_of_each_pair(case):
     """Two products forward and five backward, each head_dim multiplications and additions a pair."""

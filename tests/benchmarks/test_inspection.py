@@ -119,7 +119,8 @@ def test_work_follows_the_formulas(compiled):
     script = (
         "from benchmarks.inspection import launches_of\n"
         "from benchmarks.inspection.bounds import work_of\n"
-        "from benchmarks.cases import *\n"
+        "import torch\n"
+        "from benchmarks.cases import AttentionCase\n"
         "case = AttentionCase(2, 8, 256, 64, kv_heads=2, causal='top_left', dtype=torch.bfloat16)\n"
         "for launch in launches_of(case, 'sm_90'):\n"
         "    print(launch.name, work_of(launch).flops, work_of(launch).special, work_of(launch).bytes)\n"
@@ -238,6 +239,7 @@ REFUSALS = {
     "gelu --shape rows=abc": "--shape rows=abc must be a whole number",
     "gelu --shape approximate=linear": "approximate=linear is unknown; there are none, tanh",
     "attention --shape causal=sideways": "causal=sideways is unknown; there are false, true, top_left, ",
+    "attention --shape options=bias+speed": "options='bias+speed' must be names joined by '+'; there are window, ",
     "attention --shape head_dim=512": "--shape head_dim=512 must be at most 256",
     "attention --shape kv_heads=3": "--shape kv_heads=3 must divide heads=8",
     ":kernel": "kernel ':kernel' names no module; give module:function or file.py:function",

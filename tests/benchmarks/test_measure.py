@@ -97,10 +97,10 @@ def test_a_gradient_that_a_backward_overwrites_is_restored(extra_provider):
 
     extra_provider("gelu", "in-place", lambda c, d: InPlace.apply)
     inputs = Inputs(GeluCase(3, 17), CPU)
-    before = inputs.grad_output.clone()
+    before = inputs.grad_outputs[0].clone()
     with pytest.raises(Failed, match="wrong: it overwrote the output's gradient"):
         prepare(inputs, "in-place", "forward+backward")
-    assert inputs.grad_output.equal(before)
+    assert inputs.grad_outputs[0].equal(before)
     prepare(inputs, "torch", "forward+backward")
 
 
@@ -118,7 +118,7 @@ def test_inputs_are_restored_after_an_error_too(extra_provider):
 
 def test_a_loss_is_differentiated_as_by_its_backward():
     """Kernels skip a product where the gradient from above is 1, as it always is in training."""
-    assert Inputs(LossCase(21, 13), CPU).grad_output == 1
+    assert Inputs(LossCase(21, 13), CPU).grad_outputs[0] == 1
 
 
 def test_inputs_that_a_provider_overwrites_are_restored(extra_provider):
