@@ -104,7 +104,10 @@ def _check_features(q: Tensor, k: Tensor, features: Features) -> None:
             f"mask has dtype={features.mask.dtype} and must be bool; what is added to the scores is a bias"
         )
     slopes = features.alibi_slopes
-    if slopes is not None and slopes.shape not in ((heads,), (batch, heads), (1, heads)):
+    # One by one: the compiler finds no shape in a tuple of shapes where only one side's sizes are symbols.
+    if slopes is not None and not (
+        slopes.shape == (heads,) or slopes.shape == (batch, heads) or slopes.shape == (1, heads)
+    ):
         raise ValueError(
             f"alibi_slopes has shape {tuple(slopes.shape)}, not ({heads},) or ({batch}, {heads})"
         )

@@ -97,6 +97,38 @@ def test_several_compile_whole_with_dynamic_shapes(implementation: str, device: 
     assert frames.frame_count == 1
 
 
+class WithBuffer(torch.nn.Module):
+    """One option as a buffer, whose sizes the compiler takes for constants where it takes the inputs' for symbols."""
+
+    def __init__(self, name: str, value: Tensor) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("value", value)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return fastattn.attention(q, q, q, **{self.name: self.value}, implementation="torch")
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("alibi_slopes", (2,)),
+        ("alibi_slopes", (1, 2)),
+        ("alibi_slopes", (3, 2)),
+        ("sinks", (2,)),
+        ("bias", (2, 1, 1)),
+    ],
+    ids=str,
+)
+def test_options_may_be_buffers_of_a_compiled_module(name: str, shape: tuple[int, ...]) -> None:
+    """ALiBi's slopes are one in most models; looked for in a tuple of shapes, theirs broke the graph."""
+    module = WithBuffer(name, make_tensor(*shape, seed=1).abs())
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    for length in (9, 12):
+        q = make_tensor(3, 2, length, 8)
+        torch.testing.assert_close(compiled(q), module(q))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_several_export(implementation: str, device: torch.device) -> None:
     """The exported program has one operator for the call, and takes other lengths."""
