@@ -118,7 +118,7 @@ def test_every_pair_of_choices_is_there() -> None:
 EVERYTHING = replace(
     SMALL,
     batch=3,
-    window=(9, 5),
+    window=(30, 5),  # with lengths of 5 to 19 keys, most rows still see some
     softcap=2.0,
     bias="hqk",
     mask="bk",
@@ -127,6 +127,24 @@ EVERYTHING = replace(
     lengths=True,
     dropout_p=0.4,
 )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_everything_at_once(packed: bool, device: torch.device) -> None:
+    """Every option in one call, with grouped heads and values of another width."""
+    causal = "bottom_right" if packed else False
+    case = replace(EVERYTHING, batch=2, seq_q=29, seq_k=33, packed=packed, causal=causal, v_dim=24)
+    check_options(case, "triton", device)
+
+
+PLANES = ["".join(dims) for count in range(5) for dims in combinations("bhqk", count)]
+
+
+@pytest.mark.parametrize("dims", PLANES, ids=lambda dims: dims or "scalar")
+def test_bias_and_mask_of_every_shape(dims: str, device: torch.device) -> None:
+    """The 16 ways to broadcast, the bias's gradient reduced to its shape; the mask has what the bias has not."""
+    others = "".join(d for d in "bhqk" if d not in dims)
+    check_options(replace(SMALL, seq_q=5, seq_k=11, bias=dims, mask=others), "triton", device)
 
 
 @pytest.mark.parametrize("packed", [False, True])

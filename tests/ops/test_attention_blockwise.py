@@ -112,6 +112,13 @@ def test_options_together(case: Case, block_size: None) -> None:
     check_options(case, "blockwise")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_everything_at_once(packed: bool, block_size: None) -> None:
+    """Every option in one call, with grouped heads and values of another width."""
+    options = dict(softcap=2.0, bias="hqk", mask="bk", alibi="h", sinks=True, lengths=True, dropout_p=0.4)
+    check_options(Case(batch=3, window=(60, 5), v_dim=24, packed=packed, **options), "blockwise")
+
+
 @pytest.mark.parametrize("given", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_empty_sizes(given: dict[str, Any], sinks: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import reference
+from fastattn.kernels._options import AttentionOptions
 from fastattn.testing import make_tensor
+from tests.attention_options import Case, make_inputs, make_options
 from tests.ops.test_attention_features import (
     ALL,
     BIAS,
@@ -97,6 +100,20 @@ def test_several_compile_whole_with_dynamic_shapes(implementation: str, device: 
     assert frames.frame_count == 1
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_everything_compiles_whole(implementation: str, device: torch.device) -> None:
+    """Every option in one call, tensors and all; compiled, it draws the same dropout."""
+    given = operands(device, v_dim=12) | moved(ALL["everything"], device) | dict(deterministic=True)
+    attend = partial(fastattn.attention, implementation=implementation)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=frames)
+    torch.manual_seed(1)
+    expected = results(attend, given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(results(compiled, given), expected)
+    assert frames.frame_count == 1
+
+
 class WithBuffer(torch.nn.Module):
     """One option as a buffer, whose sizes the compiler takes for constants where it takes the inputs' for symbols."""
 
@@ -127,6 +144,30 @@ def test_options_may_be_buffers_of_a_compiled_module(name: str, shape: tuple[int
     for length in (9, 12):
         q = make_tensor(3, 2, length, 8)
         torch.testing.assert_close(compiled(q), module(q))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "attention_blockwise"])
+def test_opcheck_with_everything(kind: str, packed: bool, device: torch.device) -> None:
+    """Every argument that the operators have, none of them at its default."""
+    case = Case(
+        heads=1, kv_heads=1, seq_q=3, seq_k=11, v_dim=12, causal="bottom_right", window=(9, 0), softcap=2.0, bias="qk",
+        mask="bk", alibi="bh", sinks=True, lengths=True, dropout_p=0.4, packed=packed,
+    )  # fmt: skip
+    inputs = make_inputs(case, device)
+    for name in ("k", "v"):  # without the NaN of keys that no query sees
+        inputs[name] = inputs[name].nan_to_num(1.0, 1.0)
+    options = make_options(case, inputs)
+    unset = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    given = {n: getattr(options, n) for n in AttentionOptions._field_defaults}
+    kept = {n for n, value in given.items() if value is None or value == AttentionOptions._field_defaults[n]}
+    assert kept == (set() if packed else unset)
+    q, k, v = (inputs[name] for name in "qkv")
+    forward = getattr(torch.ops.fastattn, f"{kind}_forward").default
+    backward = getattr(torch.ops.fastattn, f"{kind}_backward").default
+    torch.library.opcheck(forward, (q, k, v, *options))
+    out, lse = forward(q, k, v, *options)
+    torch.library.opcheck(backward, (inputs["dout"], inputs["dlse"], q, k, v, out, lse, [True] * 5, *options))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -254,6 +255,22 @@ def test_compiles_whole_with_dynamic_totals(implementation: str, device: torch.d
         torch.testing.assert_close(found, expected)
         gradients = [torch.autograd.grad(o.square().sum() + lse.sum(), x) for o, lse in (expected, found)]
         torch.testing.assert_close(*gradients)
+    assert frames.frame_count == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_everything_compiles_whole(implementation: str, device: torch.device) -> None:
+    """Every option in one call, dropout drawn alike, and without waiting for the longest lengths."""
+    options = OPTIONS["everything"] | dict(dropout_p=0.3, max_seqlen_q=MAX_Q, max_seqlen_k=MAX_K)
+    given = operands(device, v_dim=12)
+    given |= {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
+    attend = partial(fastattn.attention_varlen, implementation=implementation)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=frames)
+    torch.manual_seed(1)
+    expected = results(attend, given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(results(compiled, given), expected)
     assert frames.frame_count == 1
 
 
