@@ -5,6 +5,7 @@ Truth is PyTorch's function in float64 on the same rounded inputs, the peer PyTo
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -188,6 +189,14 @@ def test_masks_of_rank_5(shape: Shape, implementation: str, device: torch.device
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5, 7), (1, 3, 2, 1, 7), (2, 3, 2, 5, 7)], ids=str)
+def test_masks_of_two_batches(shape: Shape, implementation: str, device: torch.device) -> None:
+    """Both larger than 1, so that their order shows."""
+    tensors = operands((2, 3, 2, 5, 8), (2, 3, 1, 7, 8), (2, 3, 1, 7, 8), device=device)
+    check(implementation, tensors, make_tensor(*shape, seed=5, device=device))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rank", [2, 3])
 def test_masks_of_lower_rank(rank: int, implementation: str, device: torch.device) -> None:
     tensors = operands(*((3, 5, 8)[3 - rank :], (3, 7, 8)[3 - rank :], (3, 7, 8)[3 - rank :]), device=device)
@@ -347,3 +356,42 @@ def test_autocast(
     assert found[0].dtype == torch.bfloat16
     for actual, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, theirs, rtol=2e-2, atol=4e-2)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's path goes in blocks of operators, as where PyTorch's own function would hold many scores."""
+    module = importlib.import_module("fastattn.ops.scaled_dot_product_attention")
+    monkeypatch.setattr(module, "holds_all_scores", lambda *arguments: True)
+
+
+@pytest.mark.parametrize("causal", ["full", "causal"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_ranks_and_broadcasting_in_blocks(name: str, causal: str, in_blocks: None) -> None:
+    check("torch", operands(*SHAPES[name]), **causal_keywords(causal))
+
+
+@pytest.mark.parametrize("k_heads, v_heads", [(2, 2), (2, 1), (1, 2), (6, 3), (2, 3)])
+def test_grouped_heads_in_blocks(k_heads: int, v_heads: int, in_blocks: None) -> None:
+    check("torch", operands((2, 1, 6, 5, 8), (1, k_heads, 7, 8), (2, 1, v_heads, 7, 8)), enable_gqa=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_in_blocks(name: str, kind: str, in_blocks: None) -> None:
+    test_masks(name, kind, "torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf"])
+def test_fully_masked_rows_in_blocks(kind: str, in_blocks: None) -> None:
+    test_fully_masked_rows(kind, "torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 1, 5, 7), (2, 1, 3, 1, 7), (1, 2, 3, 5, 7)], ids=str)
+def test_masks_of_rank_5_in_blocks(shape: Shape, in_blocks: None) -> None:
+    test_masks_of_rank_5(shape, "torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5, 7), (1, 3, 2, 1, 7), (2, 3, 2, 5, 7)], ids=str)
+def test_masks_of_two_batches_in_blocks(shape: Shape, in_blocks: None) -> None:
+    test_masks_of_two_batches(shape, "torch", torch.device("cpu"))
