@@ -10,6 +10,7 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.dispatch import Implementation, NotSupported, Operation
+from fastattn.testing import make_tensor
 
 
 def _operation(*refusals: str | None) -> Operation:
@@ -162,6 +163,20 @@ def test_cpu_without_the_interpreter_takes_pytorch(monkeypatch: pytest.MonkeyPat
     explanation = fastattn.explain(fastattn.gelu, torch.ones(3))
     assert explanation.implementation == "torch"
     assert explanation.refusals["triton"].startswith("the tensors are not on a GPU")
+
+
+def test_attention_trains_on_a_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward by what a user's CPU takes: PyTorch's operator, and blocks for what it has not."""
+    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    for options in ({}, dict(window=(2, 0), softcap=2.0)):
+        found, expected = [], []
+        for function, results in ((fastattn.attention, found), (fastattn.reference.attention, expected)):
+            q, k, bias = (make_tensor(1, 2, 7, n, seed=n).requires_grad_() for n in (8, 8, 7))
+            learned = dict(bias=bias) if options else {}
+            out = function(q, k, k, causal="top_left", **learned, **options)
+            results += [out, *torch.autograd.grad(out.square().sum(), [q, k, *learned.values()])]
+        torch.testing.assert_close(found, expected)
+        assert fastattn.explain(q, k, k, causal="top_left", **learned, **options).implementation == "torch"
 
 
 def test_without_triton_everything_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:

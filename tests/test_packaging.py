@@ -204,6 +204,10 @@ sys.path.insert(0, {str(installed)!r})
 import fastattn, torch
 x = torch.linspace(-3, 3, 7)
 torch.testing.assert_close(fastattn.gelu(x, implementation="triton"), torch.nn.functional.gelu(x))
+q = torch.linspace(-1, 1, 40).reshape(1, 1, 5, 8).requires_grad_()
+results = [fastattn.attention(q, q, q, softcap=3.0, implementation=name) for name in ("triton", "torch")]
+torch.testing.assert_close(*results)
+torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), q) for out in results))
 print(sys.modules["fastattn.kernels.gelu"].__file__)
 """
     output = _python(code, tmp_path, TRITON_INTERPRET="1")
