@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels import _target
 from fastattn.kernels._options import AttentionOptions
 
 LOG2_E = 1.4426950408889634
@@ -26,7 +28,10 @@ class Rows(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """A tensor (batch, heads, seq_q, seq_k); a stride is 0 where it is broadcast."""
+    """A tensor (batch, heads, seq_q, seq_k); a stride is 0 where it is broadcast.
+
+    stride_m and stride_n are None then: a tile of such a plane is one row or one column, and loaded as one.
+    """
 
     ptr: Any
     stride_b: Any
@@ -51,10 +56,17 @@ class Dropout(NamedTuple):
     kept_scale: Any
 
 
+class SoftCap(NamedTuple):
+    """The cap in base 2, and the form of tanh in `fastattn.kernels._math`."""
+
+    cap: Any
+    form: Any
+
+
 class Score(NamedTuple):
     """What becomes of a product q . k, see `fastattn.kernels._scores`; a field is None where nothing is asked for.
 
-    `scale` gives the score in base 2, or with `softcap` the argument of tanh, whose result `softcap` turns into one.
+    `scale` gives the score in base 2, or with `softcap` the argument of tanh, whose result the cap turns into one.
     """
 
     scale: Any
@@ -79,15 +91,18 @@ def rows_of(tensor: Tensor) -> Rows:
 
 def plane_of(tensor: Tensor) -> Plane:
     """Of a 4-D tensor some of whose sizes may be 1."""
-    return Plane(
-        tensor, *(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    stride_b, stride_h, stride_m, stride_n = (
+        0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
+    return Plane(tensor, stride_b, stride_h, stride_m or None, stride_n or None)
 
 
-def score_of(options: AttentionOptions) -> Score:
+def score_of(options: AttentionOptions, like: Tensor) -> Score:
+    """What becomes of the scores of a query like this one."""
     scale, softcap = options.scale * LOG2_E, None
     if options.softcap:
-        scale, softcap = options.scale / options.softcap, options.softcap * LOG2_E
+        scale = options.scale / options.softcap
+        softcap = SoftCap(options.softcap * LOG2_E, tl.constexpr(_tanh_form(like)))
     slopes = options.alibi_slopes
     return Score(
         scale,
@@ -99,6 +114,13 @@ def score_of(options: AttentionOptions) -> Score:
         None if options.mask is None else plane_of(options.mask.view(torch.uint8)),
         _dropout_of(options),
     )
+
+
+def _tanh_form(like: Tensor) -> str:
+    """float32 to the last bit; for 16-bit inputs an error below theirs, by one instruction where there is one."""
+    if like.dtype == torch.float32:
+        return "exact"
+    return "instruction" if _target.target_of(like.device).backend == "cuda" else "ratio"
 
 
 def _dropout_of(options: AttentionOptions) -> Dropout | None:

@@ -52,8 +52,26 @@ def _gelu_derivative(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """tanh of a float32 tile, exact to an ulp or two; (1 - e) / (1 + e), e = exp(-2 |x|), would cancel near 0."""
+def _tanh(x, FORM: tl.constexpr):
+    """tanh of a float32 tile.
+
+    "exact": to an ulp or two. "ratio": an error of 1e-7. "instruction": NVIDIA's, from compute capability 7.5 on, with
+    a relative error of 2^-11 at one special function, half of the ratio's; flash-attn's kernels use it too.
+    """
+    if FORM == "instruction":
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif FORM == "ratio":
+        # An overflow of exp2 gives 1.
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E)))
+    else:
+        return _exact_tanh(x)
+
+
+@triton.jit
+def _exact_tanh(x):
+    """tanh to an ulp or two; (1 - e) / (1 + e), e = exp(-2 |x|), would cancel near 0."""
     square = x * x
     # The series to x^11: the next term is below 1e-8 of the sum where |x| < 0.3.
     series = square * (-1382.0 / 155925.0) + 62.0 / 2835.0

@@ -22,11 +22,25 @@ def _slope_of(slopes, batch, head):
 
 @triton.jit
 def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OTHER: tl.constexpr):
-    """A tile of a (batch, heads, seq_q, seq_k) tensor; rows and keys count within the tile and broadcast."""
+    """A tile of a (batch, heads, seq_q, seq_k) tensor; rows and keys count within the tile and broadcast.
+
+    It has one row or one column where the plane is broadcast that way: a mask of padding is one load a key.
+    """
     corner = plane.ptr + batch * plane.stride_b + head * plane.stride_h
-    corner += tl.cast(first_row, tl.int64) * plane.stride_m + tl.cast(first_key, tl.int64) * plane.stride_n
-    inside = (first_row + rows < SEQ_Q) & (first_key + keys < SEQ_K)
-    return tl.load(corner + (rows * plane.stride_m + keys * plane.stride_n), mask=inside, other=OTHER)
+    if plane.stride_m is None and plane.stride_n is None:
+        return tl.load(corner)
+    elif plane.stride_m is None:
+        corner += tl.cast(first_key, tl.int64) * plane.stride_n
+        return tl.load(corner + keys * plane.stride_n, mask=first_key + keys < SEQ_K, other=OTHER)
+    elif plane.stride_n is None:
+        corner += tl.cast(first_row, tl.int64) * plane.stride_m
+        return tl.load(corner + rows * plane.stride_m, mask=first_row + rows < SEQ_Q, other=OTHER)
+    else:
+        corner += (
+            tl.cast(first_row, tl.int64) * plane.stride_m + tl.cast(first_key, tl.int64) * plane.stride_n
+        )
+        inside = (first_row + rows < SEQ_Q) & (first_key + keys < SEQ_K)
+        return tl.load(corner + (rows * plane.stride_m + keys * plane.stride_n), mask=inside, other=OTHER)
 
 
 @triton.jit
@@ -39,12 +53,14 @@ def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, 
     scores = products * score.scale
     cap_slope = 1.0
     if score.softcap is not None:
-        bent = _tanh(scores)
+        bent = _tanh(scores, score.softcap.form)
         cap_slope = 1.0 - bent * bent
-        scores = bent * score.softcap
+        scores = bent * score.softcap.cap
     if score.slopes is not None:
-        distance = (first_row + OFFSET - first_key) + (rows - keys)
-        scores -= tl.abs(distance).to(tl.float32) * slope
+        # slope * |i + offset - j|, from a product a row and a product a key rather than one for each score. Both
+        # count from the tile's first key, so that the difference keeps its digits near the diagonal.
+        place = (rows + (first_row + OFFSET - first_key)).to(tl.float32) * slope
+        scores -= tl.abs(place - keys.to(tl.float32) * slope)
     if score.bias is not None:
         bias = _load_plane(score.bias, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0.0)
         # A bias near the least finite number is not to become -inf, which would hide the key: a row of it is the mean.

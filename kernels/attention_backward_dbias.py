@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import plane_of, rows_of, score_of, sequences_of, window_of
+from fastattn.kernels._arguments import Plane, rows_of, score_of, sequences_of, window_of
 from fastattn.kernels._attention_config import AttentionConfig
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._options import AttentionOptions
@@ -220,8 +220,8 @@ def launch_dbias(
         triton.cdiv(bias_q, tiles.block_m) * triton.cdiv(bias_k, tiles.block_n) * bias_heads * bias_batch
     )
     _attention_dbias_kernel[(programs,)](
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dbias=plane_of(dbias),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked),
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dbias=Plane(dbias, *dbias.stride()),
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked),
         SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         BIAS_Q=bias_q, BIAS_K=bias_k,
         MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=asked.longest_k(seq_k),

@@ -206,7 +206,7 @@ def launch_dk_dv(
     sequences, longest = asked.sequences(batch), asked.longest_k(seq_k)
     _attention_dk_dv_kernel[(triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)](
         q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dk=rows_of(dk), dv=rows_of(dv),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=longest,
         **window_of(asked),

@@ -170,7 +170,7 @@ def launch_dq(
     sequences, longest = asked.sequences(batch), asked.longest_q(seq_q)
     _attention_dq_kernel[(triton.cdiv(longest, tiles.block_m) * heads * sequences,)](
         q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dq=rows_of(dq),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked), sequences=sequences_of(asked), scale=asked.scale,
+        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
         HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
         **window_of(asked),

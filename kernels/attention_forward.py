@@ -200,7 +200,7 @@ def attention_forward(
     with _target.launching_on(q):
         _attention_forward_kernel[grid](
             q=rows_of(q), k=rows_of(k), v=rows_of(v), out=rows_of(out), lse_ptr=lse,
-            score=score_of(asked), sequences=sequences_of(asked), sinks_ptr=sinks,
+            score=score_of(asked, q), sequences=sequences_of(asked), sinks_ptr=sinks,
             HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
             MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
             **window_of(asked),
