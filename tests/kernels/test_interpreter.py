@@ -1,6 +1,8 @@
-"""The mended interpreter computes bfloat16 as a GPU does; unmended, it does not."""
+"""The mended interpreter computes bfloat16 as a GPU does; unmended, it does not. Otherwise both compute the same."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastattn import dispatch
+from tests.attention_options import Case, launcher_results, make_inputs
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETING, reason="Triton's interpreter is off")
 
@@ -54,6 +57,23 @@ def test_the_mending_is_needed() -> None:
     finally:
         interpreter.InterpreterBuilder.create_dot = mended
     assert (c - expected).abs().max() > 1e3
+
+
+def test_idle_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of integer arithmetic is in this call: pointers, offsets, windows, and Philox, whose sums overflow."""
+    from triton.runtime import interpreter
+
+    case = Case(2, 2, 1, 37, 41, dtype=torch.bfloat16, window=(9, 5), softcap=2.0, bias="hqk", mask="bk",
+                alibi="h", sinks=True, lengths=True, dropout_p=0.4, packed=True)  # fmt: skip
+    inputs = make_inputs(case)
+    found = launcher_results(case, inputs, "triton")
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=True))
+    for name in ("_patch_lang", "_get_np_dtype"):
+        monkeypatch.setattr(interpreter, name, getattr(interpreter, name).__wrapped__)
+    expected = launcher_results(case, inputs, "triton")
+    assert found["out"].any() and found["dbias"].any()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_unmended_bfloat16_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
