@@ -140,7 +140,7 @@ def test_compiles_whole_with_dynamic_shapes(
         return found[0] + found[1].unsqueeze(-1) if return_lse else found
 
     compiled = torch.compile(attend, fullgraph=True, backend=frames, dynamic=True)
-    for length in (17, 34, 40):
+    for length in (17, 40):
         x = make_tensor(1, 2, length, 16, device=device, requires_grad=True)
         out = compiled(x)
         torch.testing.assert_close(out, attend(x))
@@ -151,8 +151,7 @@ def test_compiles_whole_with_dynamic_shapes(
 
 
 @pytest.mark.parametrize("kind", ["attention", "attention_blockwise"])
-@pytest.mark.parametrize("right", [-1, 0])
-def test_opcheck(kind: str, right: int, device: torch.device) -> None:
+def test_opcheck(kind: str, device: torch.device) -> None:
     q = make_tensor(1, 2, 20, 16, seed=1, device=device).transpose(1, 2).contiguous().transpose(1, 2)
     k, v = (make_tensor(1, 1, 23, 16, seed=seed, device=device) for seed in (2, 3))
     forward = getattr(torch.ops.fastattn, f"{kind}_forward").default
@@ -161,8 +160,8 @@ def test_opcheck(kind: str, right: int, device: torch.device) -> None:
     bias = make_tensor(1, 20, 23, 2, device=device).permute(0, 3, 1, 2)
     sinks = make_tensor(2, device=device)
     for options in (
-        AttentionOptions(0.25, right=right),
-        AttentionOptions(0.25, 5, right, True, 2.0, bias=bias, sinks=sinks, mask=bias > -1),
+        AttentionOptions(0.25),
+        AttentionOptions(0.25, 5, 0, True, 2.0, bias=bias, sinks=sinks, mask=bias > -1),
     ):
         torch.library.opcheck(forward, (q, k, v, *options))
         out, lse = forward(q, k, v, *options)

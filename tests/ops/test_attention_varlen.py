@@ -248,7 +248,7 @@ def test_compiles_whole_with_dynamic_totals(implementation: str, device: torch.d
         )  # fmt: skip
 
     compiled = torch.compile(attend, fullgraph=True, backend=frames, dynamic=True)
-    for lengths in ((5, 9, 3), (11, 2, 7), (4, 6, 17)):
+    for lengths in ((5, 9, 3), (4, 6, 17)):
         x = make_tensor(sum(lengths), HEADS, WIDTH, device=device).requires_grad_()
         starts = offsets(lengths).to(device)
         expected, found = (f(x, starts, max(lengths)) for f in (attend, compiled))
