@@ -1,11 +1,23 @@
 """What the tests of the benchmarks share."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.cases import GeluCase
+from benchmarks.host import measure_import
 from benchmarks.providers import PROVIDERS, provider
 from benchmarks.suites import SUITES, Suite
 from fastattn import dispatch
+
+
+@pytest.fixture(autouse=True)
+def only_own_garbage() -> Iterator[None]:
+    """A measurement collects garbage before each call: among what its test has made, not in all of PyTorch."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -16,7 +28,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cases that cost nothing, and ceilings that nobody measures."""
+    """Two cases that cost nothing, ceilings that nobody measures, and one import instead of five."""
     suite = Suite("mlp", "small", cpu=(GeluCase(3, 8), GeluCase(4, 8)), gpu=())
     monkeypatch.setitem(SUITES, "mlp", suite)
     ceiling = {
@@ -29,6 +41,13 @@ def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     ceiling |= {"low_ms": 1.0, "high_ms": 1.0, "rounds": 1}
     ceilings = [ceiling | {"case": "copy", "gbytes_per_s": 4.0}, ceiling | {"case": "matmul", "tflops": 2.0}]
     monkeypatch.setattr("benchmarks.run.measure_ceilings", lambda device, rounds: iter(ceilings))
+    monkeypatch.setattr("benchmarks.run.measure_import", lambda: measure_import(rounds=1))
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose rows are looked at: the page's plots take seconds, and an error in them fails no run."""
+    monkeypatch.setattr("benchmarks.html_report.write_html", lambda path, content: None)
 
 
 @pytest.fixture

@@ -166,8 +166,8 @@ def own(tmp_path_factory):
 
 def test_a_kernel_of_the_users_own(compiled, own, tmp_path):
     rows = tmp_path / "rows.json"
-    arguments = ["--arch", "sm_90", "gfx942", "--num-warps", 2, "--json", rows, "--signature", *SIGNATURE]
-    done = compiled([f"{own}:scale_kernel", *arguments])
+    arguments = ["--num-warps", 2, "--json", rows, "--signature", *SIGNATURE]
+    done = compiled([f"{own}:scale_kernel", "--arch", "sm_90", "gfx942", *arguments])
     assert done.returncode == 0, done.stderr
     hopper, amd = json.loads(rows.read_text())
     assert (hopper["kernel"], hopper["tile"], hopper["num_warps"]) == ("scale", "1024", 2)
@@ -175,8 +175,9 @@ def test_a_kernel_of_the_users_own(compiled, own, tmp_path):
     assert (hopper["spill_loads"], hopper["spill_stores"], hopper["error"]) == (0, 0, "")
     assert 0 < hopper["registers"] < 128 and hopper["programs"] > 1
     assert amd["special_functions"] == 8  # a warp has 64 threads there
-    by_module = compiled(["own_kernels:scale_kernel", *arguments], cwd=own.parent)
+    by_module = compiled(["own_kernels:scale_kernel", "--arch", "sm_90", *arguments], cwd=own.parent)
     assert by_module.returncode == 0, by_module.stderr
+    assert json.loads(rows.read_text()) == [hopper]
 
 
 def test_a_kernel_that_does_not_compile_is_a_row(compiled, own):

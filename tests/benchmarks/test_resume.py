@@ -19,7 +19,7 @@ def run_command(text, *paths):
     return commands.main([*text.split(), *map(str, paths)])
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, monkeypatch, capsys):
     def interrupted(device, rounds):
         raise KeyboardInterrupt
@@ -49,7 +49,7 @@ def interrupting(rows):
     raise KeyboardInterrupt
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_case_cut_short_is_measured_again(tmp_path, monkeypatch):
     """Forward rows come first; after an interruption behind them the case counted as done, without a backward."""
     measure_case = run.measure_case
@@ -71,7 +71,7 @@ def test_a_case_cut_short_is_measured_again(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_run_cut_short_in_its_ceilings_goes_on(tmp_path, monkeypatch):
     """With a copy and no product, the first row of the resumed run was a KeyError."""
     ceilings = list(run.measure_ceilings(None, 1))
@@ -84,7 +84,7 @@ def test_a_run_cut_short_in_its_ceilings_goes_on(tmp_path, monkeypatch):
     assert all(row["roofline_share"] > 0 for row in rows[2:])
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_shares_are_of_the_ceilings_that_there_are(tmp_path, monkeypatch):
     def without_product(device, rounds):
         yield {"operation": "ceiling", "case": "copy", "direction": "forward", "provider": "torch",
@@ -102,7 +102,7 @@ def test_shares_are_of_the_ceilings_that_there_are(tmp_path, monkeypatch):
     assert naive["roofline_share"] == pytest.approx(naive["gbytes_per_s"] / 4.0)
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_case_that_fails_as_a_whole_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     """Its inputs do not fit, say: that used to end the run."""
     inputs = GeluCase.inputs
@@ -127,7 +127,7 @@ def test_a_case_that_fails_as_a_whole_is_a_row_and_the_next_one_runs(tmp_path, m
     assert {row["status"] for row in read_rows(tmp_path / "rows.jsonl")} == {"ok"}  # taken up once more
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_an_error_in_the_host_suite_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "measure_host", lambda device, rounds: (1 / 0 for _ in "x"))
     arguments = "run --suite host --device cpu --rounds 1 --out"
@@ -135,7 +135,7 @@ def test_an_error_in_the_host_suite_is_a_row(tmp_path, monkeypatch):
     assert read_rows(tmp_path / "rows.jsonl")[-1]["reason"] == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 @pytest.mark.parametrize(
     ("change", "message"),
     (
@@ -154,7 +154,7 @@ def test_a_run_goes_on_under_the_same_conditions_only(change, message, tmp_path,
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_rows_are_there_at_every_moment_of_a_resumption(tmp_path, monkeypatch):
     """The file was emptied and then written anew: a second interruption lost everything."""
     assert run_command(SMALL, tmp_path) == 0
@@ -182,7 +182,7 @@ def test_tables_are_printed_before_the_page_is_made(tmp_path, monkeypatch, capsy
     assert 0 < out.index("fp32-erf-3x8") < out.index("report.html is not written: ValueError: a plot\n")
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_folder_with_rows_is_not_overwritten(tmp_path, capsys):
     assert run_command(SMALL, tmp_path) == 0
     before = (tmp_path / "rows.jsonl").read_bytes()

@@ -52,34 +52,34 @@ def test_run_writes_every_file_and_prints_the_folder_last(tmp_path, capsys):
     assert naive["bound_ms"] == pytest.approx(share * naive["median_ms"])
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_no_case_begins_after_its_time(tmp_path, capsys):
     assert run_command("run --suite mlp --device cpu --rounds 1 --minutes 1e-9 --out", tmp_path) == 0
     assert "not measured, as 1e-09 minutes were over: mlp gelu fp32-erf-4x8" in capsys.readouterr().out
     assert read_rows(tmp_path / "rows.jsonl") == []
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_every_suites_first_cases_come_before_any_others(tmp_path, monkeypatch):
     """When the time runs out, each suite has its most telling rows."""
     for name in ("mlp", "norm"):
         cases = tuple(GeluCase(rows, 8) for rows in range(1, 6))
         monkeypatch.setitem(SUITES, name, Suite(name, "small", cpu=cases, gpu=(), directions=("forward",)))
-    assert run_command("run --suite norm mlp --device cpu --rounds 1 --providers torch --out", tmp_path) == 0
-    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row["provider"] == "torch"]
-    measured = [(row["suite"], row["shape"]["rows"]) for row in rows if row["operation"] == "gelu"]
+    assert run_command("run --suite norm mlp --device cpu --rounds 1 --providers naive --out", tmp_path) == 0
+    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row["operation"] == "gelu"]
+    measured = [(row["suite"], row["shape"]["rows"]) for row in rows]
     order = [(suite, rows) for suite in ("norm", "mlp") for rows in (1, 2, 3)]
     order += [(suite, rows) for suite in ("norm", "mlp") for rows in (4, 5)]
     assert list(dict.fromkeys(measured)) == order
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_wrong_result_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(PROVIDERS["gelu"], "mine", lambda case, device: lambda x: x)
     assert run_command("run --suite mlp --device cpu --rounds 1 --providers mine --out", tmp_path) == 1
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_a_provider_of_the_users_own(tmp_path, monkeypatch, capsys):
     """benchmarks/example_provider.py, which benchmarks/README.md explains."""
     monkeypatch.setitem(PROVIDERS, "gelu", dict(PROVIDERS["gelu"]))
@@ -91,7 +91,7 @@ def test_a_provider_of_the_users_own(tmp_path, monkeypatch, capsys):
     assert rows["torch"]["status"] == "ok"
 
 
-@pytest.mark.usefixtures("small_suites", "no_interpreter")
+@pytest.mark.usefixtures("small_suites", "no_interpreter", "no_page")
 def test_compare_with_another_run(tmp_path, capsys):
     arguments = "run --suite mlp --device cpu --rounds 1 --cases 3x8 --providers naive --out"
     assert run_command(arguments, tmp_path / "old") == 0
