@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
+from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 
 LOG2_E = 1.4426950408889634
@@ -30,7 +31,8 @@ class Rows(NamedTuple):
 class Plane(NamedTuple):
     """A tensor (batch, heads, seq_q, seq_k); a stride is 0 where it is broadcast.
 
-    stride_m and stride_n are None then: a tile of such a plane is one row or one column, and loaded as one.
+    stride_m and stride_n are None then: a tile of such a plane is one row or one column, and loaded as one. size_n is
+    its own number of keys, of which Triton knows whether 16 divides it: only then can loads that it bounds be wide.
     """
 
     ptr: Any
@@ -38,6 +40,7 @@ class Plane(NamedTuple):
     stride_h: Any
     stride_m: Any
     stride_n: Any
+    size_n: Any
 
 
 class Vectors(NamedTuple):
@@ -92,9 +95,9 @@ def rows_of(tensor: Tensor) -> Rows:
 def plane_of(tensor: Tensor) -> Plane:
     """Of a 4-D tensor some of whose sizes may be 1."""
     stride_b, stride_h, stride_m, stride_n = (
-        0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        0 if is_broadcast(tensor, dim) else tensor.stride(dim) for dim in range(4)
     )
-    return Plane(tensor, stride_b, stride_h, stride_m or None, stride_n or None)
+    return Plane(tensor, stride_b, stride_h, stride_m or None, stride_n or None, tensor.size(3))
 
 
 def score_of(options: AttentionOptions, like: Tensor) -> Score:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS, Target
 
@@ -47,13 +48,15 @@ _INTERPRETED_ATTENTION = AttentionConfig(
 
 # By family of targets, bits of the dtype and padded head dimension: (block_m, block_n, num_warps, num_stages). All
 # of them compiled and read on sm_80, sm_90 and gfx942 (tests/kernels/test_machine_code.py: no spills, shared memory
-# within the limit, HGMMA on sm_90), and chosen by registers, as the largest tile that does not spill. None is measured.
+# within the limit, HGMMA on sm_90). None is measured. On sm_90 they are those with the fewest instructions a score in
+# the loop that do not spill; elsewhere the largest that do not spill. With 8 warps the keys of dk and dv have to be
+# 128: of 64, both warp groups compute the same scores.
 _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("hopper", 16, 64): AttentionConfig(
         AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 128, 8, 2)
     ),
     ("hopper", 16, 128): AttentionConfig(
-        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 64, 8, 2)
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2), True
     ),
     ("hopper", 16, 256): AttentionConfig(
         AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 64, 8, 2), True
@@ -96,19 +99,32 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 )
 
 
-# The same where a score is modified by more than a soft cap, ALiBi or a window's left end: loads of a bias or mask and
-# random numbers take registers of their own. With one of those three alone ("light"), dk and dv need them already.
+# The same with a bias or mask that differs from query to query and from key to key, alone or with one of a row: where
+# there is none, the tiles of "heavy".
+_ATTENTION_PLANE: dict[tuple[str, int, int], AttentionConfig] = {
+    ("hopper", 16, 64): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(32, 128, 8, 2),
+        dbias=AttentionTiles(128, 32, 8, 1),
+    ),
+    ("hopper", 16, 128): replace(_ATTENTION["hopper", 16, 128], dbias=AttentionTiles(64, 32, 8, 1)),
+}
+
+
+# The same with dropout, or with more than that: random numbers and loads take registers of their own.
 _ATTENTION_HEAVY: dict[tuple[str, int, int], AttentionConfig] = {
     ("hopper", 16, 64): AttentionConfig(
         AttentionTiles(128, 32, 8, 2),
         AttentionTiles(128, 32, 8, 2),
-        AttentionTiles(32, 64, 8, 2),
+        AttentionTiles(16, 128, 8, 2),
         dbias=AttentionTiles(64, 32, 8, 1),
     ),
     ("hopper", 16, 128): AttentionConfig(
         AttentionTiles(128, 32, 8, 2),
-        AttentionTiles(64, 32, 8, 2),
-        AttentionTiles(16, 64, 8, 2),
+        AttentionTiles(128, 32, 8, 2),
+        AttentionTiles(16, 128, 8, 2),
+        separate_dk_dv=True,
         dbias=AttentionTiles(64, 32, 8, 1),
     ),
     ("hopper", 16, 256): AttentionConfig(
@@ -179,7 +195,7 @@ def select_attention_config(
 ) -> AttentionConfig:
     """The tiles for a head dimension up to 512 (the wider of q's and v's), a dtype and a target.
 
-    `load` is what modifies the scores: "plain", "light" or "heavy", see `score_load`.
+    `load` is what modifies the scores: "plain", "light", "thin", "plane" or "heavy", see `score_load`.
     """
     if target.backend == "interpreter":
         return _INTERPRETED_ATTENTION
@@ -187,21 +203,39 @@ def select_attention_config(
     if head_dim > 256:
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)
-    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    plain, heavy = _ATTENTION[family, bits, width], _ATTENTION_HEAVY[family, bits, width]
-    if load == "light":
-        light = replace(plain, dk_dv=heavy.dk_dv, separate_dk_dv=heavy.separate_dk_dv)
-        # Elsewhere the plain tiles leave no register free.
-        return light if width == 64 or (family == "hopper" and width == 128) else heavy
-    return heavy if load == "heavy" else plain
+    key = (family, bits, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
+    if load == "plain":
+        return _ATTENTION[key]
+    heavy = _ATTENTION_HEAVY[key]
+    if load == "plane":
+        return _ATTENTION_PLANE.get(key, heavy)
+    # Elsewhere the plain tiles leave no register free, and in dk and dv at 64 they do not either.
+    if load in ("light", "thin") and key == ("hopper", 16, 64):
+        return replace(_ATTENTION[key], dk_dv=_ATTENTION_PLANE[key].dk_dv)
+    if load in ("light", "thin") and key == ("hopper", 16, 128):
+        return _ATTENTION[key]
+    if load == "light" and key[2] == 64:
+        return replace(_ATTENTION[key], dk_dv=heavy.dk_dv, separate_dk_dv=heavy.separate_dk_dv)
+    return heavy
 
 
 def score_load(asked: AttentionOptions) -> str:
-    """What the options take of registers in the inner loop: "plain", "light" or "heavy"."""
-    if asked.bias is not None or asked.mask is not None or asked.dropout_p:
+    """What the options take of registers in the inner loop.
+
+    "plain": nothing. "light": one or two of a window's left end, a soft cap and ALiBi. "thin": a bias or mask of which
+    a tile has one row or one column, at most with one of those or another of its kind. "plane": a bias or mask without
+    such a broadcast, at most with one that has it. "heavy": dropout, and everything else.
+    """
+    planes = [plane for plane in (asked.bias, asked.mask) if plane is not None]
+    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes)
+    others = (asked.left >= 0) + (asked.softcap != 0.0) + (asked.alibi_slopes is not None)
+    if asked.dropout_p or whole > 1 or (whole and others):
         return "heavy"
-    light = (asked.left >= 0) + (asked.softcap != 0.0) + (asked.alibi_slopes is not None)
-    return ("plain", "light", "heavy", "heavy")[light]
+    if whole:
+        return "plane"
+    if others + len(planes) > 2:
+        return "heavy"
+    return "thin" if planes else "light" if others else "plain"
 
 
 def _attention_family(target: Target) -> str:

@@ -39,6 +39,11 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if _has_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def is_broadcast(plane: Tensor, dim: int) -> bool:
+    """Whether all of a dimension is the same element in memory."""
+    return plane.size(dim) == 1 or plane.stride(dim) == 0
+
+
 def rows_too_far(plane: Tensor) -> bool:
     """Whether the rows or keys of a bias or mask lie too far apart for 32-bit offsets within a tile."""
     return any(

@@ -21,17 +21,18 @@ def _slope_of(slopes, batch, head):
 
 
 @triton.jit
-def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OTHER: tl.constexpr):
+def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, OTHER: tl.constexpr):
     """A tile of a (batch, heads, seq_q, seq_k) tensor; rows and keys count within the tile and broadcast.
 
-    It has one row or one column where the plane is broadcast that way: a mask of padding is one load a key.
+    It has one row or one column where the plane is broadcast that way: a mask of padding is one load a key. Keys are
+    bounded by the plane's size and not by the sequence's, which may hide more of them: what lies between is ignored.
     """
     corner = plane.ptr + batch * plane.stride_b + head * plane.stride_h
     if plane.stride_m is None and plane.stride_n is None:
         return tl.load(corner)
     elif plane.stride_m is None:
         corner += tl.cast(first_key, tl.int64) * plane.stride_n
-        return tl.load(corner + keys * plane.stride_n, mask=first_key + keys < SEQ_K, other=OTHER)
+        return tl.load(corner + keys * plane.stride_n, mask=first_key + keys < plane.size_n, other=OTHER)
     elif plane.stride_n is None:
         corner += tl.cast(first_row, tl.int64) * plane.stride_m
         return tl.load(corner + rows * plane.stride_m, mask=first_row + rows < SEQ_Q, other=OTHER)
@@ -39,16 +40,16 @@ def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ
         corner += (
             tl.cast(first_row, tl.int64) * plane.stride_m + tl.cast(first_key, tl.int64) * plane.stride_n
         )
-        inside = (first_row + rows < SEQ_Q) & (first_key + keys < SEQ_K)
+        inside = (first_row + rows < SEQ_Q) & (first_key + keys < plane.size_n)
         return tl.load(corner + (rows * plane.stride_m + keys * plane.stride_n), mask=inside, other=OTHER)
 
 
 @triton.jit
-def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET):
+def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET):
     """(scores in base 2, d score / d (scale * product)) of a tile of products, in its own orientation.
 
     rows and keys count within the tile, shaped to broadcast against the products. The second result is the
-    derivative of the soft cap, 1.0 without one. A masked score is -inf; what lies beyond SEQ_Q or SEQ_K is not.
+    derivative of the soft cap, 1.0 without one. A masked score is -inf; what lies beyond the last row or key is not.
     """
     scores = products * score.scale
     cap_slope = 1.0
@@ -62,13 +63,13 @@ def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, 
         place = (rows + (first_row + OFFSET - first_key)).to(tl.float32) * slope
         scores -= tl.abs(place - keys.to(tl.float32) * slope)
     if score.bias is not None:
-        bias = _load_plane(score.bias, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0.0)
+        bias = _load_plane(score.bias, batch, head, first_row, first_key, rows, keys, SEQ_Q, 0.0)
         # A bias near the least finite number is not to become -inf, which would hide the key: a row of it is the mean.
         added = bias.to(tl.float32) * LOG2_E
         overflown = (added < _LEAST_SCORE) & (bias > float("-inf"))
         scores += tl.where(overflown, _LEAST_SCORE, added)
     if score.mask is not None:
-        mask = _load_plane(score.mask, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, 0)
+        mask = _load_plane(score.mask, batch, head, first_row, first_key, rows, keys, SEQ_Q, 0)
         scores = tl.where(mask != 0, scores, float("-inf"))
     return scores, cap_slope
 

@@ -98,7 +98,7 @@ def _accumulate_dbias(
             delta = tl.load(delta_ptr + statistics + places, mask=places < rows_q, other=0.0)
             products = tl.dot(query, tl.trans(key), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             scores, _cap_slope = _scores_of(
-                products, score, slope, batch, head, first_row, first_key, rows, keys, rows_q, seq_k, offset
+                products, score, slope, batch, head, first_row, first_key, rows, keys, rows_q, offset
             )
             visible = _visible(first_row + rows, first_key + keys, seq_k, low, high, HAS_LEFT, HAS_RIGHT)
             weights = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
@@ -220,7 +220,8 @@ def launch_dbias(
         triton.cdiv(bias_q, tiles.block_m) * triton.cdiv(bias_k, tiles.block_n) * bias_heads * bias_batch
     )
     _attention_dbias_kernel[(programs,)](
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dbias=Plane(dbias, *dbias.stride()),
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout),
+        dbias=Plane(dbias, *dbias.stride(), dbias.size(3)),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked),
         SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         BIAS_Q=bias_q, BIAS_K=bias_k,

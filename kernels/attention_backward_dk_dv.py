@@ -77,7 +77,7 @@ def _accumulate_dk_dv(
         lse_log2 = _load_log2_sum(lse_ptr, places, SEQ_Q)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
         scores, cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         weights = tl.exp2(scores - lse_log2[None, :])
         if MASKED:

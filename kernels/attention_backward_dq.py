@@ -66,7 +66,7 @@ def _accumulate_dq(
         v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores, cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         weights = tl.exp2(scores - lse_log2[:, None])
         if MASKED:

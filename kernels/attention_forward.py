@@ -71,7 +71,7 @@ def _attend_keys(
         k = _load_rows(k_ptr, first_key, stride_kn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores, _cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, SEQ_K, OFFSET
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         if MASKED:
             visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)

@@ -61,8 +61,10 @@ def shipped_cases() -> list[OpCase]:
             for causal in (False, "top_left") if narrow and head_dim == 128 else ("top_left",):
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=dtype))
         if narrow:
-            # The tiles of `score_load`'s "light" and "heavy".
-            for head_dim, options in ((128, "window"), (64, "bias"), (128, "mask+dropout")):
+            # The tiles of `score_load`'s "light", "plane" (twice, as these differ by head dimension) and "heavy".
+            for head_dim, options in (
+                (64, "window+softcap"), (64, "bias+mask"), (128, "bias"), (128, "mask+dropout")
+            ):  # fmt: skip
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
         cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]

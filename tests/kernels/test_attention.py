@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import (
+    AttentionConfig,
+    AttentionTiles,
+    score_load,
+    select_attention_config,
+)
 from fastattn.kernels._layout import block_d, rows_contiguous, rows_too_far
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS
@@ -182,6 +188,31 @@ def test_every_target_has_a_config(arch: str) -> None:
             for tiles in (config.forward, config.dq, config.dk_dv):
                 assert min(tiles.block_m, tiles.block_n) >= 16
                 assert tiles.num_warps in (1, 2, 4, 8)
+
+
+def test_tiles_follow_what_modifies_a_score() -> None:
+    """A mask of padding, a tile of which is one row, keeps the tiles of a call without; a whole bias does not."""
+    plain, whole = AttentionOptions(1.0), torch.empty(1, 4, 128, 128)
+    padding = torch.empty(2, 1, 1, 128, dtype=torch.bool)
+    loads = {
+        "plain": plain._replace(right=0, bottom_right=True, sinks=torch.empty(4)),
+        "light": plain._replace(left=5, softcap=30.0),
+        "thin": plain._replace(mask=padding.expand(2, 4, 128, 128), left=5),
+        "plane": plain._replace(bias=whole, mask=padding),
+        "heavy": plain._replace(dropout_p=0.1),
+    }
+    assert {name: score_load(options) for name, options in loads.items()} == {name: name for name in loads}
+    assert score_load(plain._replace(bias=whole, softcap=30.0)) == "heavy"
+    assert score_load(plain._replace(left=5, softcap=30.0, mask=padding)) == "heavy"
+    config = {
+        load: select_attention_config(64, torch.bfloat16, KNOWN_TARGETS["sm_90"], load) for load in loads
+    }
+    assert config["thin"].forward == config["light"].forward == config["plain"].forward
+    assert config["plane"].forward != config["plain"].forward != config["heavy"].forward
+    for arch, head_dim, dtype in product(KNOWN_TARGETS, (64, 128, 256), (torch.bfloat16, torch.float32)):
+        for load in loads:
+            tiles = select_attention_config(head_dim, dtype, KNOWN_TARGETS[arch], load).dbias
+            assert min(tiles.block_m, tiles.block_n) >= 16
 
 
 REAL_SIZES = [
