@@ -12,6 +12,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.gelu import gelu
 from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.rotary import rotary_embedding, rotary_embedding_qk, rotary_tables
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -30,6 +31,9 @@ __all__ = [
     "models",
     "nn",
     "reference",
+    "rotary_embedding",
+    "rotary_embedding_qk",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "testing",
     "use_implementation",

@@ -7,5 +7,6 @@ functions do.
 from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm
+from fastattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["GELU", "LayerNorm", "MultiheadAttention"]
+__all__ = ["GELU", "LayerNorm", "MultiheadAttention", "RotaryEmbedding"]

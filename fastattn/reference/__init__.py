@@ -13,6 +13,7 @@ from fastattn.reference.attention import (
     window_mask,
 )
 from fastattn.reference.norm import layer_norm
+from fastattn.reference.rotary import rotary_embedding
 
 __all__ = [
     "attention",
@@ -20,6 +21,7 @@ __all__ = [
     "causal_mask",
     "gelu",
     "layer_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "window_mask",
 ]
