@@ -18,6 +18,7 @@ from benchmarks.cases import (
     LossCase,
     MlpCase,
     OpCase,
+    RotaryCase,
 )
 from benchmarks.cases.attention_options import learned_parameters
 
@@ -174,11 +175,24 @@ def block_backward(case: BlockCase) -> Cost:
     return Cost(2 * forward.flops + attention // 2, 2 * forward.bytes - token_bytes)
 
 
+def rotary_forward(case: RotaryCase) -> Cost:
+    """Four products, a difference and a sum a pair. Reads x, cos and sin, writes y."""
+    elements = case.batch * case.heads * case.seq * case.head_dim
+    tables = case.seq * case.head_dim * _FLOAT32
+    return Cost(3 * elements, 2 * elements * case.dtype.itemsize + tables)
+
+
+def rotary_backward(case: RotaryCase) -> Cost:
+    """The rotation of the gradient by the negative angles: the forward's cost."""
+    return rotary_forward(case)
+
+
 _FORWARD_AND_BACKWARD = {
     "gelu": (gelu_forward, gelu_backward),
     "mlp": (mlp_forward, mlp_backward),
     "loss": (loss_forward, loss_backward),
     "block": (block_forward, block_backward),
+    "rotary": (rotary_forward, rotary_backward),
 }
 
 

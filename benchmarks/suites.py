@@ -19,6 +19,7 @@ from benchmarks.cases import (
     LossCase,
     MlpCase,
     OpCase,
+    RotaryCase,
 )
 from benchmarks.cases.attention_options import OPTIONS
 
@@ -117,6 +118,16 @@ SUITES = {
                 GeluCase(16384, 3072, dtype=_BF16),
                 GeluCase(16384, 16384, "tanh", dtype=_BF16),
                 MlpCase(16384, 768, 3072, "none", dtype=_BF16),
+            ),
+        ),
+        Suite(
+            "rotary",
+            "rotary position embeddings",
+            cpu=(RotaryCase(1, 8, 1024, 64), RotaryCase(1, 8, 1024, 64, interleaved=True)),
+            gpu=(
+                RotaryCase(4, 32, 4096, 128, dtype=_BF16),
+                RotaryCase(4, 32, 4096, 128, interleaved=True, dtype=_BF16),
+                RotaryCase(16, 16, 1024, 64, dtype=_BF16),
             ),
         ),
         Suite(

@@ -10,8 +10,9 @@ from benchmarks.cases.loss import LossCase
 from benchmarks.cases.mlp import GeluCase, MlpCase
 from benchmarks.cases.model import BlockCase, GptCase, call_block
 from benchmarks.cases.norm import LayerNormCase
+from benchmarks.cases.rotary import RotaryCase
 
-OpCase = AttentionCase | LayerNormCase | GeluCase | MlpCase | LossCase | BlockCase
+OpCase = AttentionCase | LayerNormCase | GeluCase | MlpCase | LossCase | BlockCase | RotaryCase
 
 __all__ = [
     "DTYPES",
@@ -25,6 +26,7 @@ __all__ = [
     "LossCase",
     "MlpCase",
     "OpCase",
+    "RotaryCase",
     "call_block",
     "draw",
     "shape_of",

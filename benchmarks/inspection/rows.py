@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase
+from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase, RotaryCase
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import read_machine_code
@@ -67,6 +67,7 @@ def shipped_cases() -> list[OpCase]:
             ):  # fmt: skip
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
         cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
+        cases += [RotaryCase(4, 32, 4096, 128, interleaved, dtype) for interleaved in (False, True)]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
     return cases
 
@@ -123,10 +124,19 @@ def _launch_gelu(case: GeluCase) -> None:
     gelu_backward(gelu_forward(x, case.approximate), x, case.approximate)
 
 
+def _launch_rotary(case: RotaryCase) -> None:
+    from fastattn.kernels.rotary import rotary_embedding
+
+    x = case.inputs("meta")[0].detach()
+    call = (*case.tables("meta"), None, None, None, 0, case.interleaved)
+    rotary_embedding([x], *call, False)
+
+
 _LAUNCH: dict[str, Callable[[Any], None]] = {
     "attention": _launch_attention,
     "layer_norm": _launch_layer_norm,
     "gelu": _launch_gelu,
+    "rotary": _launch_rotary,
 }
 
 

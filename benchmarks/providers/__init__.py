@@ -9,7 +9,7 @@ printed, not dropped. To measure a kernel of your own, decorate a function in th
         return lambda x: my_gelu(x, case.approximate)
 """
 
-from benchmarks.providers import attention, loss, mlp, model, norm, peers
+from benchmarks.providers import attention, loss, mlp, model, norm, peers, rotary
 from benchmarks.providers.registry import (
     BASELINES,
     NOTES,
@@ -23,7 +23,7 @@ from benchmarks.providers.registry import (
 )
 
 # Their import registers them.
-assert attention and norm and mlp and loss and model and peers
+assert attention and norm and mlp and loss and model and peers and rotary
 
 __all__ = [
     "BASELINES",

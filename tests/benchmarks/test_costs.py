@@ -8,7 +8,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import costs
-from benchmarks.cases import AttentionCase, BlockCase, GeluCase, GptCase, LayerNormCase, LossCase, MlpCase
+from benchmarks.cases import (
+    AttentionCase,
+    BlockCase,
+    GeluCase,
+    GptCase,
+    LayerNormCase,
+    LossCase,
+    MlpCase,
+    RotaryCase,
+)
 from fastattn import reference
 from fastattn.models import GPT, TransformerConfig
 
@@ -300,3 +309,20 @@ def test_loss_bytes_are_those_of_the_rows_that_count(rows):
     assert costs.operation_cost(case, "forward").bytes == forward
     assert costs.loss_backward(case).bytes == read.nbytes + targets.nbytes + out.nbytes + grad.nbytes
     assert costs.operation_cost(case, "forward+backward").flops == 7 * read.numel()
+
+
+def test_rotary_flops_are_counted_by_doing_them():
+    def rotate_pair():
+        x1, x2, cos, sin = (Count() for _ in range(4))
+        x1 * cos - x2 * sin
+        x2 * cos + x1 * sin
+
+    case = RotaryCase(2, 3, 5, 8)
+    assert costs.rotary_forward(case).flops == 2 * 3 * 5 * 4 * counted(rotate_pair)
+
+
+def test_rotary_bytes_are_those_of_the_tensors():
+    case = RotaryCase(2, 3, 5, 8, dtype=torch.bfloat16)
+    (x,), tables = case.inputs(), case.tables()
+    assert costs.rotary_forward(case).bytes == 2 * x.nbytes + sum(t.nbytes for t in tables)
+    assert costs.operation_cost(case, "forward+backward").bytes == 2 * costs.rotary_forward(case).bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase
+from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase, RotaryCase
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
@@ -23,6 +23,8 @@ CASES = (
     MlpCase(5, 8, 12),
     LossCase(21, 13),
     BlockCase(2, 9, 16, 2),
+    RotaryCase(2, 3, 9, 16),
+    RotaryCase(1, 2, 5, 6, interleaved=True),
 )
 GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "fastattn-triton", "flex-compile")
 # Packages that are not installed here, and what is not written yet.
@@ -53,10 +55,10 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
     assert len(results) == (1 if direction == "forward" else 1 + len(inputs.tensors))
 
 
-@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*CASES[:6], *CASES[-2:]), ids=lambda case: case.name)
 def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
     """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
-    for module in ("attention", "norm", "mlp"):
+    for module in ("attention", "norm", "mlp", "rotary"):
         monkeypatch.setattr(f"benchmarks.providers.{module}.refuse_interpreter", lambda device: None)
     for direction in DIRECTIONS:
         prepare(Inputs(case, device), "fastattn-triton", direction)
