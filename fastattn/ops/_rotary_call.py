@@ -61,7 +61,8 @@ def pack_rotary(
 
 def check_rotary(tensors: Sequence[Tensor], call: RotaryCall, max_seqlen: int | None, inplace: bool) -> None:
     x, cos, sin = tensors[0], call.cos, call.sin
-    check_floating(cos=cos, sin=sin)
+    if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        check_floating(cos=cos, sin=sin)
     _check_tables(x, cos, sin)
     if len(tensors) == 2:
         _check_two(*tensors)
