@@ -221,7 +221,7 @@ def launch_dbias(
     )
     _attention_dbias_kernel[(programs,)](
         q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout),
-        dbias=Plane(dbias, *map(dbias.stride, range(4)), size_n=dbias.size(3)),
+        dbias=Plane(dbias, dbias.stride(0), dbias.stride(1), dbias.stride(2), dbias.stride(3), dbias.size(3)),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked),
         SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         BIAS_Q=bias_q, BIAS_K=bias_k,
