@@ -43,6 +43,13 @@ class Plane(NamedTuple):
     size_n: Any
 
 
+class Matrix(NamedTuple):
+    """A tensor (rows, width) whose last dimension is contiguous."""
+
+    ptr: Any
+    stride_m: Any
+
+
 class Vectors(NamedTuple):
     """A tensor (batch, heads)."""
 
@@ -52,7 +59,7 @@ class Vectors(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Seed and offset, two int64; the probability to drop; what multiplies the weights that are kept."""
+    """Seed and offset, two int64; the probability to drop; what multiplies the values that are kept."""
 
     seed_ptr: Any
     probability: Any
@@ -92,6 +99,10 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
+def matrix_of(tensor: Tensor) -> Matrix:
+    return Matrix(tensor, tensor.stride(0))
+
+
 def plane_of(tensor: Tensor) -> Plane:
     """Of a 4-D tensor some of whose sizes may be 1."""
     stride_b, stride_h, stride_m, stride_n = (
@@ -115,7 +126,7 @@ def score_of(options: AttentionOptions, like: Tensor) -> Score:
         else Vectors(slopes, 0 if slopes.size(0) == 1 else slopes.stride(0), slopes.stride(1)),
         None if options.bias is None else plane_of(options.bias),
         None if options.mask is None else plane_of(options.mask.view(torch.uint8)),
-        _dropout_of(options),
+        dropout_of(options.dropout_seed, options.dropout_p),
     )
 
 
@@ -126,11 +137,11 @@ def _tanh_form(like: Tensor) -> str:
     return "instruction" if _target.target_of(like.device).backend == "cuda" else "ratio"
 
 
-def _dropout_of(options: AttentionOptions) -> Dropout | None:
-    if options.dropout_p == 0.0 or options.dropout_seed is None:
+def dropout_of(seed: Tensor | None, p: float) -> Dropout | None:
+    """Dropout with probability p, or None where there is none."""
+    if p == 0.0 or seed is None:
         return None
-    p = options.dropout_p
-    return Dropout(options.dropout_seed, p, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    return Dropout(seed, p, 1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 def sequences_of(options: AttentionOptions) -> Sequences:

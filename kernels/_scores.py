@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
+from fastattn.kernels._dropout import _kept_or_zero, _random_bits
 from fastattn.kernels._math import LOG2_E, _tanh
 
-# Salmon et al. (2011), table 2: the fewest rounds of Philox-4x32 without known statistical flaws.
-_PHILOX_ROUNDS = tl.constexpr(7)
 # -2^127: a power of two, so that the way through the natural logarithm of lse and back to base 2 gives it again.
 _LEAST_SCORE = tl.constexpr(-1.7014118346046923e38)
 
@@ -78,15 +77,12 @@ def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, 
 def _dropped(weights, dropout, batch, head, HEADS, first_row, first_key, rows, keys):
     """Weights, or their gradients, with dropout: 0, or 1 / (1 - probability) times what they were.
 
-    Philox (Salmon et al., 2011) with the place of a score as its counter: (key, row, batch * HEADS + head, offset).
-    Forward and backward draw the same whatever their tiles.
+    Philox with the place of a score as its counter: (key, row, batch * HEADS + head, offset). Forward and backward draw
+    the same whatever their tiles.
     """
     if dropout is None:
         return weights
     else:
-        seed = tl.load(dropout.seed_ptr)
-        offset = tl.load(dropout.seed_ptr + 1).to(tl.int32)
         place = (batch * HEADS + head).to(tl.int32)
-        random, _, _, _ = tl.philox(seed, first_key + keys, first_row + rows, place, offset, _PHILOX_ROUNDS)
-        kept = tl.uint_to_uniform_float(random) >= dropout.probability
-        return tl.where(kept, weights * dropout.kept_scale, 0.0)
+        bits, _, _, _ = _random_bits(dropout, first_key + keys, first_row + rows, place)
+        return _kept_or_zero(weights, bits, dropout)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.dispatch import NotSupported, autocasts, checking
 from fastattn.kernels._options import AttentionOptions
 from fastattn.ops._check import check_attention_shapes, check_floating, check_same_device
+from fastattn.ops._dropout import check_dropout, draw_seed
 
 # No window of so many keys ends within a sequence; beyond it 32-bit arithmetic on positions would wrap.
 _UNBOUNDED = 1 << 30
@@ -85,7 +86,7 @@ def _check_features(q: Tensor, k: Tensor, features: Features) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     check_same_device("q", q, **tensors)
     _check_window(features.window)
-    _check_dropout(features.dropout_p)
+    check_dropout(features.dropout_p)
     if features.softcap is not None and not 0 < features.softcap < math.inf:
         raise ValueError(f"softcap={features.softcap} must be positive and finite, or None")
     batch = features.cu_seqlens_q.numel() - 1 if packed and features.cu_seqlens_q is not None else q.size(0)
@@ -148,11 +149,6 @@ def _check_scale(scale: Any) -> None:
         return
     if not (isinstance(scale, (int, float, torch.SymFloat)) and -math.inf < scale < math.inf):
         raise ValueError(f"scale={scale!r} must be a finite number, or None")
-
-
-def _check_dropout(dropout_p: Any) -> None:
-    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p <= 1.0):
-        raise ValueError(f"dropout_p={dropout_p!r} must be a number from 0 to 1")
 
 
 def _check_lengths(name: str, lengths: Tensor, shape: tuple[int, ...], most: int) -> None:
@@ -221,7 +217,7 @@ def options_of(
         key_lengths=_int32(features.key_lengths),
         cu_seqlens_q=_int32(features.cu_seqlens_q),
         cu_seqlens_k=_int32(features.cu_seqlens_k),
-        dropout_seed=_draw_seed(q) if features.dropout_p else None,
+        dropout_seed=draw_seed(q) if features.dropout_p else None,
         max_seqlen_q=features.max_seqlen_q,
         max_seqlen_k=features.max_seqlen_k,
     )
@@ -238,8 +234,3 @@ def four_dimensions(tensor: Tensor | None) -> Tensor | None:
 
 def _int32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.int32).contiguous()
-
-
-def _draw_seed(q: Tensor) -> Tensor:
-    """Seed and offset from PyTorch's generator of q's device, so that `torch.manual_seed` fixes them."""
-    return torch.randint(-(2**62), 2**62, (2,), device=q.device)

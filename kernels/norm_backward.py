@@ -1,0 +1,334 @@
+"""LayerNorm and RMSNorm backward over rows of any width, in one read of every tensor where a row fits a tile.
+
+A fixed number of programs walk the rows. Each sums its share of dweight and dbias in registers, and a second
+kernel adds up the programs' sums in their order, so that two runs give the same bits. Rows wider than a tile are
+walked in column tiles, after a kernel that makes the two means of each row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels import _target
+from fastattn.kernels._arguments import dropout_of, matrix_of
+from fastattn.kernels._dropout import _dropped_rows
+from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
+from fastattn.kernels._norm_tiles import (
+    _inverse,
+    _load_column,
+    _load_scale,
+    _load_shift,
+    _load_tile,
+    _multiple_of,
+    _rows_of,
+    _store_tile,
+    _x_hat,
+    as_rows,
+)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _norm_backward_kernel(
+    dy,
+    dresidual_out,
+    kept,
+    weight_ptr,
+    bias_ptr,
+    rowscale_ptr,
+    dropout,
+    mean_ptr,
+    rstd_ptr,
+    row_means_ptr,
+    dsum_ptr,
+    dx_ptr,
+    partials_ptr,
+    ROWS,
+    WIDTH,
+    CENTERED: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
+    NEEDS_DBIAS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program walks its share of the rows, BLOCK_M at a time; grid (programs, column tiles).
+
+    `kept` is what was normalized or, FROM_OUTPUT, y. The gradient of what was normalized goes to dsum_ptr, that of the
+    branch behind dropout and rowscale to dx_ptr; None: not asked for. They need whole rows in a tile, or row_means_ptr,
+    (2, ROWS). The program's sums for dweight, then those for dbias, go to its rows of partials_ptr, (1 or 2, programs,
+    WIDTH) in float32. dsum and dx are contiguous; dy, dresidual_out and kept have unit column strides.
+    """
+    WIDTH = _multiple_of(WIDTH, ALIGNMENT)
+    NEEDS_DX: tl.constexpr = dsum_ptr is not None or dx_ptr is not None
+    program = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_N
+    columns = start + tl.arange(0, BLOCK_N)
+    column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
+    scale = _load_scale(weight_ptr, columns, WIDTH, BLOCK_M, ZERO_CENTERED)
+    shift = _load_shift(bias_ptr, columns, WIDTH, BLOCK_M)
+    inverse = _inverse(scale, FROM_OUTPUT)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in tl.range(program * BLOCK_M, ROWS, tl.num_programs(0) * BLOCK_M, num_stages=NUM_STAGES):
+        rows = row + tl.arange(0, BLOCK_M).to(tl.int64)
+        row_inside = rows < ROWS  # (BLOCK_M,): the last block of rows overruns
+        inside = row_inside[:, None] & column_inside[None, :]
+        wdy = _load_tile(_rows_of(dy, rows, ALIGNMENT), columns, inside)  # (BLOCK_M, BLOCK_N)
+        if NEEDS_DBIAS:
+            dbias += wdy
+        if NEEDS_DX or NEEDS_DWEIGHT:
+            mean = _load_column(mean_ptr, rows, row_inside)
+            rstd = _load_column(rstd_ptr, rows, row_inside)
+            x_hat = _load_tile(_rows_of(kept, rows, ALIGNMENT), columns, inside)
+            x_hat = _x_hat(x_hat, mean, rstd, inverse, shift, CENTERED, FROM_OUTPUT)
+        if NEEDS_DWEIGHT:
+            dweight += wdy * x_hat
+        if NEEDS_DX:
+            wdy *= scale
+            # dy is zero outside, and with it both products.
+            if row_means_ptr is None:
+                mean_wdy_x_hat = (tl.sum(wdy * x_hat, axis=1) / WIDTH)[:, None]
+            else:
+                mean_wdy_x_hat = _load_column(row_means_ptr + ROWS, rows, row_inside)
+            # rstd * (wdy - mean(wdy) - x_hat * mean(wdy * x_hat)): the means are the share of the gradient that flows
+            # through the row's own mean and variance, which follow x.
+            dsum = wdy - x_hat * mean_wdy_x_hat
+            if CENTERED:
+                if row_means_ptr is None:
+                    dsum -= (tl.sum(wdy, axis=1) / WIDTH)[:, None]
+                else:
+                    dsum -= _load_column(row_means_ptr, rows, row_inside)
+            dsum *= rstd
+            if dresidual_out is not None:
+                dsum += _load_tile(_rows_of(dresidual_out, rows, ALIGNMENT), columns, inside)
+            if dsum_ptr is not None:
+                _store_tile(dsum_ptr + rows[:, None] * WIDTH, dsum, columns, inside)
+            if dx_ptr is not None:
+                if rowscale_ptr is not None:
+                    dsum *= _load_column(rowscale_ptr, rows, row_inside)
+                if dropout is not None:
+                    dsum = _dropped_rows(dsum, dropout, rows, start)
+                _store_tile(dx_ptr + rows[:, None] * WIDTH, dsum, columns, inside)
+    if NEEDS_DWEIGHT:
+        dweight_ptr = partials_ptr + program * WIDTH
+        tl.store(dweight_ptr + columns, tl.sum(dweight, axis=0), mask=column_inside)
+    if NEEDS_DBIAS:
+        dbias_ptr = partials_ptr + (program + NEEDS_DWEIGHT * tl.num_programs(0).to(tl.int64)) * WIDTH
+        tl.store(dbias_ptr + columns, tl.sum(dbias, axis=0), mask=column_inside)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _norm_row_means_kernel(
+    dy,
+    kept,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    row_means_ptr,
+    ROWS,
+    WIDTH,
+    CENTERED: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program makes mean(weight * dy) and mean(weight * dy * x_hat) of BLOCK_M rows; grid (cdiv(ROWS, BLOCK_M),).
+
+    They go to row_means_ptr, (2, ROWS) in float32; the rest is as in the backward kernel.
+    """
+    WIDTH = _multiple_of(WIDTH, ALIGNMENT)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = rows < ROWS  # (BLOCK_M,): the last program overruns
+    mean = _load_column(mean_ptr, rows, row_inside)
+    rstd = _load_column(rstd_ptr, rows, row_inside)
+    dy_rows = _rows_of(dy, rows, ALIGNMENT)  # (BLOCK_M, 1)
+    kept_rows = _rows_of(kept, rows, ALIGNMENT)
+    # One sum a lane, added up once: no exchange between warps in the loop, and short chains of additions.
+    sum_wdy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_wdy_x_hat = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, WIDTH, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        inside = row_inside[:, None] & (columns < WIDTH)[None, :]  # the last tile overruns
+        scale = _load_scale(weight_ptr, columns, WIDTH, BLOCK_M, ZERO_CENTERED)
+        shift = _load_shift(bias_ptr, columns, WIDTH, BLOCK_M)
+        wdy = _load_tile(dy_rows, columns, inside) * scale
+        x_hat = _load_tile(kept_rows, columns, inside)
+        x_hat = _x_hat(x_hat, mean, rstd, _inverse(scale, FROM_OUTPUT), shift, CENTERED, FROM_OUTPUT)
+        if CENTERED:
+            sum_wdy += wdy
+        sum_wdy_x_hat += wdy * x_hat
+    if CENTERED:
+        tl.store(row_means_ptr + rows, tl.sum(sum_wdy, axis=1) / WIDTH, mask=row_inside)
+    tl.store(row_means_ptr + ROWS + rows, tl.sum(sum_wdy_x_hat, axis=1) / WIDTH, mask=row_inside)
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def _sum_partials_kernel(
+    partials_ptr,
+    first_ptr,
+    second_ptr,
+    COUNT,
+    WIDTH,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program adds up COUNT rows of one parameter's partial sums; grid (column tiles, parameters).
+
+    partials_ptr is (parameters, COUNT, WIDTH) in float32. The sums of its first matrix go to first_ptr, those
+    of its second to second_ptr, each in that parameter's dtype.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    parameter = tl.program_id(1)
+    partials_ptr += parameter.to(tl.int64) * COUNT * WIDTH
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, COUNT, BLOCK_M):
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = (rows < COUNT)[:, None] & (columns < WIDTH)[None, :]  # the last rows and columns overrun
+        total += _load_tile(partials_ptr + rows[:, None] * WIDTH, columns, inside)
+    result = tl.sum(total, axis=0)  # (BLOCK_N,)
+    if parameter == 0:
+        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=columns < WIDTH)
+    else:
+        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=columns < WIDTH)
+
+
+def norm_backward(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    kept: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rowscale: Tensor | None,
+    dropout_seed: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dims: int,
+    centered: bool,
+    zero_centered: bool,
+    from_output: bool,
+    dropout_p: float,
+    dsum_dtype: torch.dtype | None,
+    dx_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    *,
+    config: NormBackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm_forward`'s y and h.
+
+    Args:
+        dy: (..., *normalized_shape), any strides; rows at unequal distances are copied.
+        dresidual_out: the gradient that arrives at h, of dy's shape, or None for zeros.
+        kept: what was normalized (h, or x where there is no h) or, with `from_output`, y.
+        weight, rowscale, dropout_seed, dims, centered, zero_centered, dropout_p: as in the forward.
+        bias: as in the forward; read with `from_output` alone.
+        mean, rstd: what the forward returned; without `centered`, and with `from_output`, mean is not read.
+        dsum_dtype, dx_dtype, dweight_dtype, dbias_dtype: the dtype that gradient is returned in; None: it is not
+            computed.
+        config: replaces the selected launch configs.
+
+    Returns:
+        The gradient of h, which is that of the residual and of an x without dropout and rowscale; that of x; both
+        contiguous; dweight and dbias. An empty tensor stands for each gradient not asked for.
+    """
+    shape = kept.shape[kept.dim() - dims :]
+    dsum, dx = (kept.new_empty(0 if d is None else kept.shape, dtype=d) for d in (dsum_dtype, dx_dtype))
+    dweight, dbias = (kept.new_empty(0 if d is None else shape, dtype=d) for d in (dweight_dtype, dbias_dtype))
+    rows, width = rstd.numel(), math.prod(shape)
+    if kept.numel() == 0:
+        return dsum, dx, dweight.zero_(), dbias.zero_()
+    needs_dx = dsum_dtype is not None or dx_dtype is not None
+    if not (needs_dx or dweight.numel() or dbias.numel()):
+        return dsum, dx, dweight, dbias
+    dy, kept = as_rows(dy, rows, width), as_rows(kept, rows, width)
+    loaded = [dy, kept]
+    if dresidual_out is not None:
+        dresidual_out = as_rows(dresidual_out, rows, width)
+        loaded.append(dresidual_out)
+    alignment = math.gcd(width, *(t.stride(0) for t in loaded), 16)
+    if config is None:
+        config = select_norm_backward_config(
+            width, alignment, [t.dtype for t in loaded], from_output, _target.target_of(kept.device)
+        )
+    arguments = {
+        "dy": matrix_of(dy),
+        "kept": matrix_of(kept),
+        "weight_ptr": None if weight is None else weight.contiguous(),
+        "bias_ptr": bias.contiguous() if bias is not None and from_output else None,
+        "mean_ptr": mean.contiguous() if mean is not None and centered and not from_output else None,
+        "rstd_ptr": rstd.contiguous(),
+        "ROWS": rows,
+        "WIDTH": width,
+        "CENTERED": centered,
+        "ZERO_CENTERED": zero_centered,
+        "FROM_OUTPUT": from_output,
+        "ALIGNMENT": alignment,
+    }
+    walk = config.walk
+    column_tiles = triton.cdiv(width, walk.block_n)
+    programs = min(triton.cdiv(config.programs, column_tiles), triton.cdiv(rows, walk.block_m))
+    parameters = [gradient for gradient in (dweight, dbias) if gradient.numel()]
+    partials = rstd.new_empty((len(parameters), programs, width)) if parameters else None
+    with _target.launching_on(kept):
+        row_means = None
+        if needs_dx and column_tiles > 1:
+            row_means = _launch_row_means(rows, config.row_means, rstd, arguments)
+        _norm_backward_kernel[(programs, column_tiles)](
+            dresidual_out=None if dresidual_out is None else matrix_of(dresidual_out),
+            rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
+            dropout=dropout_of(dropout_seed, dropout_p),
+            row_means_ptr=row_means,
+            dsum_ptr=None if dsum_dtype is None else dsum,
+            dx_ptr=None if dx_dtype is None else dx,
+            partials_ptr=partials,
+            NEEDS_DWEIGHT=dweight.numel() > 0,
+            NEEDS_DBIAS=dbias.numel() > 0,
+            NUM_STAGES=walk.num_stages,
+            BLOCK_M=walk.block_m,
+            BLOCK_N=walk.block_n,
+            num_warps=walk.num_warps,
+            **arguments,
+        )
+        if partials is not None:
+            _launch_sums(partials, parameters, config.sums)
+    return dsum, dx, dweight, dbias
+
+
+def _launch_row_means(
+    rows: int, config: NormConfig, rstd: Tensor, arguments: dict[str, object]
+) -> Tensor:
+    row_means = rstd.new_empty((2, rows))
+    _norm_row_means_kernel[(triton.cdiv(rows, config.block_m),)](
+        row_means_ptr=row_means,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        **arguments,
+    )
+    return row_means
+
+
+def _launch_sums(partials: Tensor, parameters: list[Tensor], config: NormConfig) -> None:
+    """Fills the one or two parameters' gradients."""
+    _, programs, width = partials.shape
+    _sum_partials_kernel[(triton.cdiv(width, config.block_n), len(parameters))](
+        partials_ptr=partials,
+        first_ptr=parameters[0],
+        second_ptr=parameters[-1],
+        COUNT=programs,
+        WIDTH=width,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
