@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.cases import (
+    AddLayerNormCase,
     AttentionCase,
     BlockCase,
     GeluCase,
@@ -18,6 +19,7 @@ from benchmarks.cases import (
     LossCase,
     MlpCase,
     OpCase,
+    RMSNormCase,
     RotaryCase,
 )
 from benchmarks.cases.attention_options import learned_parameters
@@ -112,6 +114,38 @@ def layer_norm_backward(case: LayerNormCase) -> Cost:
     return Cost(case.rows * per_row, traffic * case.dtype.itemsize + 2 * case.rows * _FLOAT32)
 
 
+def rms_norm_forward(case: RMSNormCase, save_statistics: bool = False) -> Cost:
+    """Mean of squares 2N + 1, eps and root 2, scaling N, weight N operations a row."""
+    per_row = (3 + case.affine) * case.width + 3
+    traffic = 2 * case.rows * case.width + case.width * case.affine
+    statistics = case.rows * _FLOAT32 if save_statistics else 0
+    return Cost(case.rows * per_row, traffic * case.dtype.itemsize + statistics)
+
+
+def rms_norm_backward(case: RMSNormCase) -> Cost:
+    """x-hat N, its mean 2N + 1, dx 3N operations a row; with weight, dy * w N, dw 2N."""
+    per_row = (6 + 3 * case.affine) * case.width + 1
+    # Reads x, dy, weight and rstd; writes dx and dw.
+    traffic = 3 * case.rows * case.width + 2 * case.width * case.affine
+    return Cost(case.rows * per_row, traffic * case.dtype.itemsize + case.rows * _FLOAT32)
+
+
+def add_layer_norm_forward(case: AddLayerNormCase, save_statistics: bool = False) -> Cost:
+    """The sum N more than LayerNorm; reads x and residual, writes y and h."""
+    norm = layer_norm_forward(LayerNormCase(case.rows, case.width, dtype=case.dtype), save_statistics)
+    elements, residual = case.rows * case.width, case.residual_dtype or case.dtype
+    return norm + Cost(elements, 2 * elements * residual.itemsize)
+
+
+def add_layer_norm_backward(case: AddLayerNormCase) -> Cost:
+    """The sum N more than LayerNorm. Reads h and both gradients; writes dx, and of another dtype dresidual."""
+    norm = layer_norm_backward(LayerNormCase(case.rows, case.width, dtype=case.dtype))
+    elements, residual = case.rows * case.width, case.residual_dtype or case.dtype
+    # LayerNorm's three tensors are dy, dx and one in x's dtype, in whose place are h and its gradient.
+    traffic = (2 * residual.itemsize - case.dtype.itemsize) * elements
+    return norm + Cost(elements, traffic + (elements * residual.itemsize if residual != case.dtype else 0))
+
+
 def gelu_forward(case: GeluCase) -> Cost:
     """erf: 5 operations an element; tanh: 9."""
     elements = case.rows * case.width
@@ -187,6 +221,12 @@ def rotary_backward(case: RotaryCase) -> Cost:
     return rotary_forward(case)
 
 
+# Their statistics are saved for a backward.
+_NORMS = {
+    "layer_norm": (layer_norm_forward, layer_norm_backward),
+    "rms_norm": (rms_norm_forward, rms_norm_backward),
+    "add_layer_norm": (add_layer_norm_forward, add_layer_norm_backward),
+}
 _FORWARD_AND_BACKWARD = {
     "gelu": (gelu_forward, gelu_backward),
     "mlp": (mlp_forward, mlp_backward),
@@ -202,9 +242,10 @@ def operation_cost(case: OpCase, direction: str) -> Cost:
     if isinstance(case, AttentionCase):
         cost = attention_forward(case, save_lse=backward)
         return cost + attention_backward(case) if backward else cost
-    if isinstance(case, LayerNormCase):
-        cost = layer_norm_forward(case, save_statistics=backward)
-        return cost + layer_norm_backward(case) if backward else cost
+    if case.operation in _NORMS:
+        norm_forward, norm_backward = _NORMS[case.operation]
+        cost = norm_forward(case, backward)  # type: ignore[operator]
+        return cost + norm_backward(case) if backward else cost  # type: ignore[operator]
     forward_cost, backward_cost = _FORWARD_AND_BACKWARD[case.operation]
     cost = forward_cost(case)  # type: ignore[operator]
     return cost + backward_cost(case) if backward else cost  # type: ignore[operator]

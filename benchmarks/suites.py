@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import (
+    AddLayerNormCase,
     AttentionCase,
     BlockCase,
     GeluCase,
@@ -19,6 +20,7 @@ from benchmarks.cases import (
     LossCase,
     MlpCase,
     OpCase,
+    RMSNormCase,
     RotaryCase,
 )
 from benchmarks.cases.attention_options import OPTIONS
@@ -93,15 +95,26 @@ SUITES = {
         ),
         Suite(
             "norm",
-            "LayerNorm",
-            cpu=(LayerNormCase(1024, 256), LayerNormCase(333, 8192)),
+            "LayerNorm and RMSNorm, alone and behind a residual sum",
+            cpu=(
+                LayerNormCase(1024, 256),
+                LayerNormCase(333, 8192),
+                RMSNormCase(1024, 256),
+                AddLayerNormCase(1024, 256),
+            ),
             gpu=(
                 LayerNormCase(16384, 4096, dtype=_BF16),
+                AddLayerNormCase(16384, 4096, dtype=_BF16),
+                RMSNormCase(16384, 4096, dtype=_BF16),
                 LayerNormCase(16384, 768, dtype=_BF16),
                 LayerNormCase(16384, 8192, dtype=_BF16),
                 LayerNormCase(4096, 65536, dtype=_BF16),
                 LayerNormCase(16384, 4096),
                 LayerNormCase(4096, 1024, dtype=_BF16),
+                LayerNormCase(8192, 1024, dtype=_BF16),
+                LayerNormCase(8192, 16384, dtype=_BF16),
+                AddLayerNormCase(16384, 1024, dtype=_BF16),
+                AddLayerNormCase(16384, 4096, _BF16, torch.float32),
             ),
         ),
         Suite(

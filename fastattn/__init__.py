@@ -11,7 +11,7 @@ from fastattn.dispatch import Explanation, NotSupported, debug_checks, explain, 
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.gelu import gelu
-from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rotary import rotary_embedding, rotary_embedding_qk, rotary_tables
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -21,6 +21,8 @@ __all__ = [
     "Explanation",
     "NotSupported",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_varlen",
     "debug_checks",
@@ -31,6 +33,7 @@ __all__ = [
     "models",
     "nn",
     "reference",
+    "rms_norm",
     "rotary_embedding",
     "rotary_embedding_qk",
     "rotary_tables",

@@ -43,41 +43,47 @@ class NormBackwardConfig:
 
 
 def select_norm_forward_config(
-    width: int, alignment: int, dtype: torch.dtype, target: Target
+    width: int, alignment: int, dtype: torch.dtype, heavy: bool, target: Target
 ) -> NormConfig:
     """A tile of whole rows up to 16,384 columns, column tiles above.
 
     `alignment` is what is known to divide the width and the row strides, in elements; the narrower the loads it
-    allows, the more registers their addresses take.
+    allows, the more registers their addresses take. `heavy` says that there is dropout, or tensors of two dtypes.
 
     Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight. For
-    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets.
+    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets; and so do 32 elements of
+    what is heavy in the loop over column tiles.
     """
     block_n = _columns_of(width)
     if target.backend == "interpreter":
         return NormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
     per_thread = 32 if loads_are_wide(alignment, dtype) else 16
     if block_n > 512 * per_thread:
-        return NormConfig(1, 256 * per_thread, warps_of(8, target))
+        return NormConfig(1, 256 * (16 if heavy else per_thread), warps_of(8, target))
     warps = max(block_n // per_thread // 32, 4)
     return NormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, warps_of(warps, target))
 
 
 def select_norm_backward_config(
-    width: int, alignment: int, dtypes: Sequence[torch.dtype], from_output: bool, target: Target
+    width: int, alignment: int, dtypes: Sequence[torch.dtype], heavy: bool, target: Target
 ) -> NormBackwardConfig:
     """Everything in one launch up to 8,192 columns; above, the rows' means in one and the rest in column tiles.
 
-    `alignment` is as in the forward; `dtypes` are those of the tensors that are read.
+    `alignment` is as in the forward; `dtypes` are those of the tensors that are read. `heavy` says that there is
+    dropout, or that x_hat is made from y.
 
     Compiled and read, not measured: with both sums of a column kept in registers, 16 elements a thread need
-    about 120 registers, which is two programs of 8 warps or one of 16 a multiprocessor.
+    about 120 registers, which is two programs of 8 warps or one of 16 a multiprocessor. Random numbers, the parameters
+    behind y, and exchanges between layouts of two dtypes take up to 100 more: half as many elements then, and at 8,192
+    columns spills, so that one launch serves up to 4,096.
     """
     block_n = _columns_of(width)
     if target.backend == "interpreter":
         tile = NormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
         return NormBackwardConfig(tile, tile, sums=NormConfig(4, 64, 1), programs=2)
-    per_thread = 16 if loads_are_wide(alignment, min(dtypes, key=lambda dtype: dtype.itemsize)) else 8
+    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+    heavy = heavy or any(dtype.itemsize != narrow.itemsize for dtype in dtypes)
+    per_thread = 16 if loads_are_wide(alignment, narrow) and not heavy else 8
     # Many rows at a time, since what takes the time is to wait for them.
     sums = NormConfig(256, 16, warps_of(8, target))
     row_means = NormConfig(1, 256 * per_thread, warps_of(8, target))
@@ -93,12 +99,14 @@ def select_norm_backward_config(
 
 
 def _stages(tile_bytes: int, warps: int, target: Target) -> int:
-    """The next rows' loads are in flight while one is computed, where there are asynchronous copies and room."""
+    """The next rows' loads are in flight while one is computed, where there are asynchronous copies and room.
+
+    Each stage but one takes the bytes of a tile; 16 warps are to fit on a multiprocessor.
+    """
     if target.backend != "cuda" or int(target.arch) < 80:
         return 1
-    programs = max(16 // warps, 1)
-    fitting = target.shared_memory // programs // tile_bytes
-    return max(1, min(3 if target.shared_memory > 160_000 else 2, fitting))
+    room = target.shared_memory * warps // 16 - 4096
+    return 1 + min(2 if target.shared_memory > 160_000 else 1, room // tile_bytes)
 
 
 def _columns_of(width: int) -> int:

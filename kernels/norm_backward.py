@@ -8,6 +8,7 @@ walked in column tiles, after a kernel that makes the two means of each row.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -244,7 +245,9 @@ def norm_backward(
     """
     shape = kept.shape[kept.dim() - dims :]
     dsum, dx = (kept.new_empty(0 if d is None else kept.shape, dtype=d) for d in (dsum_dtype, dx_dtype))
-    dweight, dbias = (kept.new_empty(0 if d is None else shape, dtype=d) for d in (dweight_dtype, dbias_dtype))
+    dweight, dbias = (
+        kept.new_empty(0 if d is None else shape, dtype=d) for d in (dweight_dtype, dbias_dtype)
+    )
     rows, width = rstd.numel(), math.prod(shape)
     if kept.numel() == 0:
         return dsum, dx, dweight.zero_(), dbias.zero_()
@@ -258,10 +261,10 @@ def norm_backward(
         loaded.append(dresidual_out)
     alignment = math.gcd(width, *(t.stride(0) for t in loaded), 16)
     if config is None:
-        config = select_norm_backward_config(
-            width, alignment, [t.dtype for t in loaded], from_output, _target.target_of(kept.device)
-        )
-    arguments = {
+        heavy = from_output or dropout_seed is not None
+        target = _target.target_of(kept.device)
+        config = select_norm_backward_config(width, alignment, [t.dtype for t in loaded], heavy, target)
+    arguments: dict[str, Any] = {
         "dy": matrix_of(dy),
         "kept": matrix_of(kept),
         "weight_ptr": None if weight is None else weight.contiguous(),
@@ -305,9 +308,7 @@ def norm_backward(
     return dsum, dx, dweight, dbias
 
 
-def _launch_row_means(
-    rows: int, config: NormConfig, rstd: Tensor, arguments: dict[str, object]
-) -> Tensor:
+def _launch_row_means(rows: int, config: NormConfig, rstd: Tensor, arguments: dict[str, Any]) -> Tensor:
     row_means = rstd.new_empty((2, rows))
     _norm_row_means_kernel[(triton.cdiv(rows, config.block_m),)](
         row_means_ptr=row_means,

@@ -122,9 +122,7 @@ def _norm_forward_kernel(
     if not ONE_TILE:
         for start in range(BLOCK_N, WIDTH, BLOCK_N):
             tile_inside = row_inside[:, None] & (start + columns < WIDTH)[None, :]
-            tile = _summed_tile(
-                x_rows, residual_rows, sum_rows, rowscale, dropout, rows, start, tile_inside
-            )
+            tile = _summed_tile(x_rows, residual_rows, sum_rows, rowscale, dropout, rows, start, tile_inside)
             tile = tl.where(tile_inside, tile - pivot[:, None], 0.0)
             count = tl.minimum(WIDTH - start, BLOCK_N).to(tl.float32)
             tile_mean, tile_squares = _moments(tile, tile_inside, count, CENTERED)
@@ -134,9 +132,7 @@ def _norm_forward_kernel(
         tl.store(mean_ptr + rows, pivot + mean, mask=row_inside)
     tl.store(rstd_ptr + rows, rstd, mask=row_inside)
 
-    _store_normalized(
-        y_rows, first, mean, rstd, weight_ptr, bias_ptr, columns, inside, WIDTH, ZERO_CENTERED
-    )
+    _store_normalized(y_rows, first, mean, rstd, weight_ptr, bias_ptr, columns, inside, WIDTH, ZERO_CENTERED)
     if not ONE_TILE:
         if sum_ptr is not None:
             # A thread may read what another has stored.
@@ -146,7 +142,16 @@ def _norm_forward_kernel(
             tile_inside = row_inside[:, None] & (tile_columns < WIDTH)[None, :]
             tile = _load_tile(kept_rows, tile_columns, tile_inside) - pivot[:, None]
             _store_normalized(
-                y_rows, tile, mean, rstd, weight_ptr, bias_ptr, tile_columns, tile_inside, WIDTH, ZERO_CENTERED
+                y_rows,
+                tile,
+                mean,
+                rstd,
+                weight_ptr,
+                bias_ptr,
+                tile_columns,
+                tile_inside,
+                WIDTH,
+                ZERO_CENTERED,
             )
 
 
@@ -203,7 +208,9 @@ def norm_forward(
     residual = None if residual is None else as_rows(residual, rows, width)
     alignment = math.gcd(width, x.stride(0), 0 if residual is None else residual.stride(0), 16)
     if config is None:
-        config = select_norm_forward_config(width, alignment, x.dtype, _target.target_of(x.device))
+        mixed = residual is not None and residual.dtype != x.dtype
+        heavy = dropout_seed is not None or mixed
+        config = select_norm_forward_config(width, alignment, x.dtype, heavy, _target.target_of(x.device))
     with _target.launching_on(x):
         _norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
             x=matrix_of(x),

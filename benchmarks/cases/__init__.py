@@ -9,14 +9,17 @@ from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
 from benchmarks.cases.loss import LossCase
 from benchmarks.cases.mlp import GeluCase, MlpCase
 from benchmarks.cases.model import BlockCase, GptCase, call_block
-from benchmarks.cases.norm import LayerNormCase
+from benchmarks.cases.norm import AddLayerNormCase, LayerNormCase, RMSNormCase
 from benchmarks.cases.rotary import RotaryCase
 
-OpCase = AttentionCase | LayerNormCase | GeluCase | MlpCase | LossCase | BlockCase | RotaryCase
+OpCase = (
+    AttentionCase | LayerNormCase | AddLayerNormCase | GeluCase | MlpCase | LossCase | BlockCase | RotaryCase
+)
 
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "AddLayerNormCase",
     "AttentionCase",
     "BlockCase",
     "Case",
@@ -26,6 +29,7 @@ __all__ = [
     "LossCase",
     "MlpCase",
     "OpCase",
+    "RMSNormCase",
     "RotaryCase",
     "call_block",
     "draw",

@@ -22,13 +22,15 @@ class LayerNormCase:
     dtype: torch.dtype = torch.float32
 
     operation: ClassVar[str] = "layer_norm"
+    parameters: ClassVar[int] = 2
 
     @property
     def name(self) -> str:
         return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.width}" + ("" if self.affine else "-plain")
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        shapes = ((self.rows, self.width), (self.width,), (self.width,))[: 3 if self.affine else 1]
+        rows = [(self.rows, self.width)]
+        shapes = rows + [(self.width,)] * (self.parameters if self.affine else 0)
         return tuple(
             draw(*shape, dtype=self.dtype, device=device, requires_grad=True, seed=seed)
             for seed, shape in enumerate(shapes)
@@ -37,6 +39,58 @@ class LayerNormCase:
     def reference(self, *tensors: Tensor) -> Tensor:
         weight, bias = tensors[1:] or (None, None)
         return reference.layer_norm(tensors[0], self.width, weight, bias)
+
+    part = staticmethod(spread_rows)
+    samples = staticmethod(everything)
+
+
+@dataclass(frozen=True)
+class RMSNormCase(LayerNormCase):
+    """RMSNorm over the last dimension of x (rows, width); without a bias."""
+
+    operation: ClassVar[str] = "rms_norm"
+    parameters: ClassVar[int] = 1
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        return reference.rms_norm(tensors[0], self.width, *tensors[1:])
+
+
+@dataclass(frozen=True)
+class AddLayerNormCase:
+    """(y, h) of h = residual + x, both (rows, width), and its LayerNorm y; gradients arrive at both.
+
+    `residual_dtype` is that of residual and h, None for x's. Only the inspector's cases have a `dropout_p`: providers
+    would drop different elements.
+    """
+
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.float32
+    residual_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
+
+    operation: ClassVar[str] = "add_layer_norm"
+    affine: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        residual = "" if self.residual_dtype is None else f"-{DTYPE_NAMES[self.residual_dtype]}-residual"
+        dropout = f"-dropout{self.dropout_p}" if self.dropout_p else ""
+        return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.width}{residual}{dropout}"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """x, residual, weight and bias."""
+        rows, width = (self.rows, self.width), (self.width,)
+        dtypes = (self.dtype, self.residual_dtype or self.dtype, self.dtype, self.dtype)
+        return tuple(
+            draw(*shape, dtype=dtype, device=device, requires_grad=True, seed=seed)
+            for seed, (shape, dtype) in enumerate(zip((rows, rows, width, width), dtypes, strict=True))
+        )
+
+    def reference(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual, weight, bias = tensors
+        total = reference.residual_sum(x, residual)
+        return reference.layer_norm(total, self.width, weight, bias, out_dtype=x.dtype), total
 
     part = staticmethod(spread_rows)
     samples = staticmethod(everything)

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import AttentionCase, GeluCase, LayerNormCase, OpCase, RotaryCase
+from benchmarks.cases import (
+    AddLayerNormCase,
+    AttentionCase,
+    GeluCase,
+    LayerNormCase,
+    OpCase,
+    RMSNormCase,
+    RotaryCase,
+)
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import read_machine_code
@@ -68,6 +76,12 @@ def shipped_cases() -> list[OpCase]:
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
         cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
         cases += [RotaryCase(4, 32, 4096, 128, interleaved, dtype) for interleaved in (False, True)]
+        if narrow:
+            # Without a mean; with all there is before it.
+            cases += [
+                RMSNormCase(8192, 4096, dtype=dtype),
+                AddLayerNormCase(8192, 4096, dtype, torch.float32, 0.1),
+            ]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
     return cases
 
@@ -107,14 +121,27 @@ def _launch_attention(case: AttentionCase) -> None:
     attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
 
 
-def _launch_layer_norm(case: LayerNormCase) -> None:
-    from fastattn.kernels.layer_norm_backward import layer_norm_backward
-    from fastattn.kernels.layer_norm_forward import layer_norm_forward
+def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
+    from fastattn.kernels.norm_backward import norm_backward
+    from fastattn.kernels.norm_forward import norm_forward
 
     x = case.inputs("meta")[0].detach()
+    adds = isinstance(case, AddLayerNormCase)
+    residual = case.inputs("meta")[1].detach() if adds else None
+    residual_dtype = None if residual is None else residual.dtype
+    p = case.dropout_p if isinstance(case, AddLayerNormCase) else 0.0
+    seed = torch.empty(2, dtype=torch.int64, device="meta") if p else None
+    centered, float32 = case.operation != "rms_norm", torch.float32
     weight = torch.empty(case.width, device="meta") if case.affine else None  # float32, as in mixed precision
-    y, mean, rstd = layer_norm_forward(x, weight, weight, 1, 1e-5)
-    layer_norm_backward(y, x, weight, mean, rstd, 1, True, torch.float32, torch.float32)
+    bias = weight if centered else None
+    y, h, mean, rstd = norm_forward(
+        x, residual, weight, bias, None, seed, 1, 1e-5, centered, False, p, residual_dtype, x.dtype
+    )
+    norm_backward(
+        y, h if adds else None, h if adds else x, weight, bias, None, seed, mean, rstd, 1, centered, False, False,
+        p, residual_dtype or x.dtype, x.dtype if adds and (p or residual_dtype != x.dtype) else None, float32,
+        float32 if centered else None,
+    )  # fmt: skip
 
 
 def _launch_gelu(case: GeluCase) -> None:
@@ -134,7 +161,9 @@ def _launch_rotary(case: RotaryCase) -> None:
 
 _LAUNCH: dict[str, Callable[[Any], None]] = {
     "attention": _launch_attention,
-    "layer_norm": _launch_layer_norm,
+    "layer_norm": _launch_norm,
+    "rms_norm": _launch_norm,
+    "add_layer_norm": _launch_norm,
     "gelu": _launch_gelu,
     "rotary": _launch_rotary,
 }

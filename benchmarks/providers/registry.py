@@ -15,7 +15,18 @@ Provider = Callable[[Any, torch.device], Function]
 
 # operation -> name -> provider, in the order of the tables
 PROVIDERS: dict[str, dict[str, Provider]] = {
-    operation: {} for operation in ("attention", "layer_norm", "gelu", "mlp", "loss", "block", "rotary")
+    operation: {}
+    for operation in (
+        "attention",
+        "layer_norm",
+        "rms_norm",
+        "add_layer_norm",
+        "gelu",
+        "mlp",
+        "loss",
+        "block",
+        "rotary",
+    )
 }
 BASELINES = ("naive", "torch")
 # (operation, provider, direction) -> what a reader of its time must know

@@ -6,7 +6,15 @@ functions do.
 
 from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.norm import LayerNorm
+from fastattn.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fastattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["GELU", "LayerNorm", "MultiheadAttention", "RotaryEmbedding"]
+__all__ = [
+    "GELU",
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+]

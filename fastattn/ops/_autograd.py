@@ -43,23 +43,28 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Passes a gradient on unchanged; its own backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(ctx: Any, name: str, instead: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.name, ctx.instead = name, instead
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        raise NotSupported(
-            f"{ctx.name} has no second derivative; implementation='reference' has one, in quadratic memory"
-        )
+        raise NotSupported(f"{ctx.name} has no second derivative; {ctx.instead}")
 
 
 def refuse_second_derivative(
-    name: str, gradients: Sequence[Tensor], sources: Sequence[Tensor | None]
+    name: str,
+    gradients: Sequence[Tensor],
+    sources: Sequence[Tensor | None],
+    instead: str = "implementation='reference' has one, in quadratic memory",
 ) -> list[Tensor]:
     """The gradients, tied to what they were made from, so that differentiating them raises.
 
-    Without the tie autograd would take them for constants and drop their part of a second derivative.
+    Without the tie autograd would take them for constants and drop their part of a second derivative. `instead` ends
+    the error's message.
     """
     tied = [t for t in sources if t is not None and t.requires_grad]
-    return [_NoSecondDerivative.apply(name, gradient, *tied) if tied else gradient for gradient in gradients]
+    return [
+        _NoSecondDerivative.apply(name, instead, gradient, *tied) if tied else gradient
+        for gradient in gradients
+    ]

@@ -12,7 +12,7 @@ from fastattn.reference.attention import (
     scaled_dot_product_attention,
     window_mask,
 )
-from fastattn.reference.norm import layer_norm
+from fastattn.reference.norm import layer_norm, residual_sum, rms_norm
 from fastattn.reference.rotary import rotary_embedding
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "causal_mask",
     "gelu",
     "layer_norm",
+    "residual_sum",
+    "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "window_mask",

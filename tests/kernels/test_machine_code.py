@@ -45,7 +45,7 @@ def test_every_kernel_is_compiled(inspected: Any) -> None:
     _, rows = inspected
     kernels = {row["kernel"] for row in rows}
     assert {"attention_forward", "attention_delta", "attention_dq", "attention_dk_dv"} <= kernels
-    assert {"layer_norm_forward", "layer_norm_backward", "layer_norm_dx", "sum_partials"} <= kernels
+    assert {"norm_forward", "norm_backward", "norm_row_means", "sum_partials"} <= kernels
     assert {"gelu_forward", "gelu_backward", "rotary"} <= kernels
     assert not [row for row in rows if row["error"] or row["registers"] == 0 or row["programs"] == 0]
 

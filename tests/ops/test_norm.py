@@ -14,7 +14,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
 from fastattn import dispatch
-from fastattn.ops import layer_norm as module
 from fastattn.testing import assert_accurate, make_tensor
 
 FAST = ("triton", "torch")

@@ -1,0 +1,302 @@
+"""The arguments of the four normalizations: checked, and handed to an implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.dispatch import (
+    TRITON_DTYPES,
+    Implementation,
+    NotSupported,
+    autocasts,
+    checking,
+    refuse_dtype,
+    refuse_triton,
+)
+from fastattn.ops import _norm_torch
+from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._dropout import check_dropout, draw_seed
+from fastattn.ops._norm_operators import NormOptions, apply_norm
+
+_TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Shape = int | Sequence[int]
+
+
+class Features(NamedTuple):
+    """What a call asks for beyond x, a weight and a bias: the public functions' keyword arguments.
+
+    `rms` says RMSNorm, `adds` that there is a sum before it, which is returned too.
+    """
+
+    rms: bool
+    adds: bool
+    zero_centered: bool = False
+    out_dtype: torch.dtype | None = None
+    return_statistics: bool = False
+    save: str = "input"
+    dropout_p: float = 0
+    rowscale: Tensor | None = None
+    residual_dtype: torch.dtype | None = None
+
+
+def check(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> None:
+    """Raises TypeError, ValueError or NotSupported for arguments that no implementation takes."""
+    check_floating(x=x, weight=weight, bias=bias)
+    check_same_device("x", x, weight=weight, bias=bias)
+    shape = _as_shape(normalized_shape)
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"normalized_shape={shape} must be the last {len(shape)} dimensions of x, which has "
+            f"shape {tuple(x.shape)}"
+        )
+    if weight is not None and weight.shape != shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, not normalized_shape={shape}")
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, not normalized_shape={shape}")
+    if not isinstance(eps, (float, int)) and not (eps is None and features.rms):
+        raise TypeError(f"eps must be a float, not {type(eps).__name__}")
+    if features.out_dtype is not None:
+        _check_dtype("out_dtype", features.out_dtype)
+    if features.save != "input":
+        _check_save(weight, features)
+    if features.adds:
+        _check_sum(x, residual, len(shape), features)
+
+
+def _check_save(weight: Tensor | None, features: Features) -> None:
+    if features.save != "output":
+        raise ValueError(f"save={features.save!r} must be 'input' or 'output'")
+    if weight is not None and checking(weight):
+        zero = -1.0 if features.zero_centered else 0.0
+        if (weight.detach() == zero).any():
+            raise ValueError(f"save='output' recomputes x from y / scale, and a scale is 0 (weight={zero})")
+
+
+def _check_sum(x: Tensor, residual: Tensor | None, dims: int, features: Features) -> None:
+    rowscale = features.rowscale
+    check_floating(residual=residual, rowscale=rowscale)
+    check_same_device("x", x, residual=residual, rowscale=rowscale)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, not x's {tuple(x.shape)}")
+    if features.dropout_p != 0:
+        check_dropout(features.dropout_p)
+    if features.residual_dtype is not None:
+        _check_dtype("residual_dtype", features.residual_dtype)
+    if rowscale is not None:
+        rows = x.shape[: x.dim() - dims]
+        if rowscale.shape != rows:
+            raise ValueError(
+                f"rowscale has shape {tuple(rowscale.shape)}, not {tuple(rows)}, one factor a row"
+            )
+        if rowscale.requires_grad and torch.is_grad_enabled():
+            raise NotSupported("rowscale has no gradient: detach it, or multiply x by it")
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{name}={dtype} must be a floating-point dtype, or None")
+
+
+def _as_shape(normalized_shape: Shape) -> tuple[int, ...]:
+    if isinstance(normalized_shape, (int, torch.SymInt, Integral)):
+        normalized_shape = (normalized_shape,)
+    elif not isinstance(normalized_shape, (tuple, list, Sequence)):
+        raise TypeError(
+            f"normalized_shape must be an int or a sequence of ints, not {type(normalized_shape).__name__}"
+        )
+    for size in normalized_shape:
+        if not isinstance(size, (int, torch.SymInt, Integral)) or isinstance(size, bool):
+            raise TypeError(f"normalized_shape={normalized_shape!r} holds {size!r}, which is not an int")
+    if not normalized_shape:
+        raise ValueError("normalized_shape=() must have at least one dimension")
+    return tuple(normalized_shape)
+
+
+def out_dtype_of(x: Tensor, features: Features) -> torch.dtype:
+    """y's dtype: what is asked for, or what autocast makes of PyTorch's function on this device type.
+
+    A GPU's autocast computes normalizations in float32, but in float64 where that is given; the CPU's leaves them
+    alone, and meta tensors have none.
+    """
+    if features.out_dtype is not None:
+        return features.out_dtype
+    if x.device.type == "cpu" or not autocasts(x):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sum_dtype(x: Tensor, residual: Tensor | None, features: Features) -> torch.dtype:
+    return features.residual_dtype or (x if residual is None else residual).dtype
+
+
+def _is_x_itself(x: Tensor, residual: Tensor | None, features: Features) -> bool:
+    """Whether the sum has x as its only term, unchanged."""
+    return (
+        residual is None
+        and not features.dropout_p
+        and features.rowscale is None
+        and features.residual_dtype in (None, x.dtype)
+    )
+
+
+def _refuse_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> str | None:
+    reason = refuse_triton(x, x.dtype)
+    for tensor in (residual, weight, bias, features.rowscale):
+        if reason is None and tensor is not None and tensor.dtype != x.dtype:
+            reason = refuse_triton(tensor, tensor.dtype)
+    for dtype in (features.out_dtype, features.residual_dtype):
+        if reason is None and dtype is not None and dtype not in TRITON_DTYPES:
+            reason = refuse_dtype(dtype)
+    return reason
+
+
+def _refuse_torch(x: Tensor, residual: Tensor | None, *others: Any) -> str | None:
+    for tensor in (x, residual):
+        if tensor is not None and tensor.dtype not in _TORCH_DTYPES:
+            return f"dtype={tensor.dtype} is not one of float16, bfloat16, float32, float64"
+    return None
+
+
+def _run_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> Any:
+    dims = 1 if isinstance(normalized_shape, int) else len(_as_shape(normalized_shape))
+    sums = features.adds and not _is_x_itself(x, residual, features)
+    options = NormOptions(
+        dims,
+        torch.finfo(torch.float32).eps if eps is None else eps,
+        not features.rms,
+        features.zero_centered,
+        float(features.dropout_p),
+        _sum_dtype(x, residual, features) if sums else None,
+        out_dtype_of(x, features),
+    )
+    seed = draw_seed(x) if features.dropout_p else None
+    found = apply_norm(
+        features.save == "output",
+        features.return_statistics,
+        options,
+        x,
+        residual,
+        weight,
+        bias,
+        features.rowscale,
+        seed,
+    )
+    if sums or not features.adds:
+        return found
+    return (found[0], x, *found[1:]) if isinstance(found, tuple) else (found, x)
+
+
+def _run_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> Any:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else _as_shape(normalized_shape)
+    normalized = x
+    if features.adds and not _is_x_itself(x, residual, features):
+        dtype = _sum_dtype(x, residual, features)
+        normalized = _norm_torch.residual_sum(x, residual, features.rowscale, features.dropout_p, dtype)
+    y = _norm_torch.normalize(
+        normalized, shape, weight, bias, eps, features.rms, features.zero_centered, out_dtype_of(x, features)
+    )
+    return _results(y, normalized, len(shape), eps, features)
+
+
+def _run_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> Any:
+    shape = _as_shape(normalized_shape)
+    normalized = x
+    if features.adds:
+        normalized = reference.residual_sum(
+            x,
+            residual,
+            dropout_p=features.dropout_p,
+            rowscale=features.rowscale,
+            residual_dtype=features.residual_dtype,
+        )
+    options: dict[str, Any] = {
+        "zero_centered_weight": features.zero_centered,
+        "out_dtype": out_dtype_of(x, features),
+    }
+    if features.rms:
+        y = reference.rms_norm(normalized, shape, weight, eps, **options)
+    else:
+        y = reference.layer_norm(normalized, shape, weight, bias, 0.0 if eps is None else eps, **options)
+    return _results(y, normalized, len(shape), eps, features)
+
+
+def _results(y: Tensor, normalized: Tensor, dims: int, eps: float | None, features: Features) -> Any:
+    if not features.adds and not features.return_statistics:
+        return y
+    found = (y, normalized) if features.adds else (y,)
+    if features.return_statistics:
+        return (*found, *_norm_torch.statistics(normalized, dims, eps, features.rms))
+    return found
+
+
+def _describe_torch(x: Tensor, residual: Tensor | None, *others: Any) -> str:
+    features = others[-1]
+    name = "torch.nn.functional.rms_norm" if features.rms else "torch.nn.functional.layer_norm"
+    return name + (" of a sum by PyTorch's operators" if features.adds else "")
+
+
+def _describe_triton(x: Tensor, residual: Tensor | None, *others: Any) -> str:
+    features = others[-1]
+    kept = "y" if features.save == "output" else "what is normalized"
+    statistics = "rstd" if features.rms else "mean and rstd"
+    return f"Triton kernels each way, saving {kept} and float32 {statistics}"
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", run=_run_triton, refuse=_refuse_triton, describe=_describe_triton),
+    Implementation("torch", run=_run_torch, refuse=_refuse_torch, describe=_describe_torch),
+    Implementation(
+        "reference",
+        run=_run_reference,
+        refuse=lambda *arguments: None,
+        describe=lambda *arguments: "the formula in PyTorch operators",
+        only_by_name=True,
+    ),
+)
