@@ -51,15 +51,15 @@ def select_norm_forward_config(
     allows, the more registers their addresses take. `heavy` says that there is dropout, or tensors of two dtypes.
 
     Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight. For
-    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets; and so do 32 elements of
-    what is heavy in the loop over column tiles.
+    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets; and so do 16 and 32
+    elements of what is heavy in the loop over column tiles.
     """
     block_n = _columns_of(width)
     if target.backend == "interpreter":
         return NormConfig(block_m=4, block_n=min(block_n, 256), num_warps=1)
     per_thread = 32 if loads_are_wide(alignment, dtype) else 16
     if block_n > 512 * per_thread:
-        return NormConfig(1, 256 * (16 if heavy else per_thread), warps_of(8, target))
+        return NormConfig(1, 256 * (8 if heavy else per_thread), warps_of(8, target))
     warps = max(block_n // per_thread // 32, 4)
     return NormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, warps_of(warps, target))
 

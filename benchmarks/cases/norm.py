@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class RMSNormCase(LayerNormCase):
     parameters: ClassVar[int] = 1
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        return reference.rms_norm(tensors[0], self.width, *tensors[1:])
+        weight = tensors[1] if self.affine else None
+        return reference.rms_norm(tensors[0], self.width, weight)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class AddLayerNormCase:
             for seed, (shape, dtype) in enumerate(zip((rows, rows, width, width), dtypes, strict=True))
         )
 
-    def reference(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, *tensors: Tensor) -> Any:
         x, residual, weight, bias = tensors
         total = reference.residual_sum(x, residual)
         return reference.layer_norm(total, self.width, weight, bias, out_dtype=x.dtype), total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,7 +82,7 @@ def add_layer_norm_naive(case: AddLayerNormCase, device: torch.device) -> Functi
 
 @provider("add_layer_norm", "torch")
 def add_layer_norm_torch(case: AddLayerNormCase, device: torch.device) -> Function:
-    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
         total = residual + x
         return F.layer_norm(total, (case.width,), weight.to(total), bias.to(total)).to(x.dtype), total
 
@@ -97,9 +99,12 @@ def _add_layer_norm_ours(implementation: str | None) -> Provider:
         if implementation != "torch":
             refuse_interpreter(device)
         shape = (case.width,)
-        return lambda x, residual, *affine: fastattn.add_layer_norm(
-            x, residual, shape, *affine, implementation=implementation
-        )
+
+        def call(*tensors: Tensor) -> Any:
+            x, residual, weight, bias = tensors
+            return fastattn.add_layer_norm(x, residual, shape, weight, bias, implementation=implementation)
+
+        return call
 
     return ours
 
