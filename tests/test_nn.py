@@ -64,6 +64,36 @@ def test_layer_norm_matches(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("keywords", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
+def test_rms_norm_matches(implementation: str | None, keywords: dict[str, Any], device: torch.device) -> None:
+    keywords = {**keywords, "implementation": implementation}
+    module, peer = _pair(fastattn.nn.RMSNorm, torch.nn.RMSNorm, device, (5, 7), **keywords)
+    assert repr(module) == repr(peer)
+    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 7, device=device))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_add_norms_match_a_sum_and_a_norm(
+    name: str, implementation: str | None, device: torch.device
+) -> None:
+    """And they drop in training alone."""
+    ours, theirs = getattr(fastattn.nn, f"Add{name}"), getattr(torch.nn, name)
+    module, peer = _pair(ours, theirs, device, 7, implementation=implementation)
+
+    def call(m: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+        y, total = m(x, residual) if m is module else (m(residual + x), residual + x)
+        return torch.cat([y, total])
+
+    x, residual = make_tensor(3, 7, device=device), make_tensor(3, 7, device=device, seed=1)
+    _assert_same(module, peer, call, x, residual)
+    _, total = ours(7, dropout=1.0, implementation=implementation).to(device)(x, residual)
+    assert torch.equal(total, residual)
+    module = ours(7, dropout=1.0, residual_dtype=torch.float64, implementation="torch").to(device).eval()
+    assert torch.equal(module(x, residual)[1], residual.double() + x)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_matches(implementation: str | None, approximate: str, device: torch.device) -> None:
     keywords = {"approximate": approximate, "implementation": implementation}
@@ -261,6 +291,9 @@ def test_is_causal_with_dropout(implementation: str, device: torch.device) -> No
 def test_state_dicts_go_both_ways() -> None:
     for ours, theirs, arguments in (
         (fastattn.nn.LayerNorm, torch.nn.LayerNorm, (7,)),
+        (fastattn.nn.AddLayerNorm, torch.nn.LayerNorm, (7,)),
+        (fastattn.nn.RMSNorm, torch.nn.RMSNorm, (7,)),
+        (fastattn.nn.AddRMSNorm, torch.nn.RMSNorm, (7,)),
         (fastattn.nn.GELU, torch.nn.GELU, ()),
         (fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, (EMBED, HEADS)),
     ):
@@ -270,7 +303,7 @@ def test_state_dicts_go_both_ways() -> None:
         module.load_state_dict(peer.state_dict())
 
 
-@pytest.mark.parametrize("name", fastattn.nn.__all__)
+@pytest.mark.parametrize("name", [name for name in fastattn.nn.__all__ if hasattr(torch.nn, name)])
 def test_arguments_are_torch_nns(name: str) -> None:
     """batch_first was True by default: a drop-in that read the batch as the sequence."""
     ours, theirs = (

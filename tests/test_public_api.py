@@ -23,12 +23,21 @@ def test_all_names_exist_and_are_documented() -> None:
             assert inspect.getdoc(member), f"fastattn.{name} has no docstring"
 
 
-def test_layer_norm_has_pytorchs_arguments() -> None:
-    theirs = list(inspect.signature(F.layer_norm).parameters)
-    ours = inspect.signature(fastattn.layer_norm).parameters
-    assert len(theirs) == 5 and list(ours)[1:5] == theirs[1:]
-    assert list(ours)[5:] == ["implementation"]
-    assert ours["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
+@pytest.mark.parametrize("name, count", [("layer_norm", 5), ("rms_norm", 4)])
+def test_norms_have_pytorchs_arguments(name: str, count: int) -> None:
+    """What is ours can only be said by name; the add_ forms have a residual behind x and options of their own."""
+    theirs = list(inspect.signature(getattr(F, name)).parameters.values())
+    ours = inspect.signature(getattr(fastattn, name)).parameters
+    assert len(theirs) == count and list(ours)[1:count] == [p.name for p in theirs[1:]]
+    assert [p.default for p in list(ours.values())[1:count]] == [p.default for p in theirs[1:]]
+    options = ["zero_centered_weight", "out_dtype", "return_statistics", "save", "implementation"]
+    assert list(ours)[count:] == options
+    added = inspect.signature(getattr(fastattn, f"add_{name}")).parameters
+    assert list(added)[: count + 1] == ["x", "residual", *list(ours)[1:count]]
+    more = ["dropout_p", "rowscale", "zero_centered_weight", "residual_dtype", *options[1:]]
+    assert list(added)[count + 1 :] == more
+    for parameters, first in ((ours, count), (added, count + 1)):
+        assert {p.kind for p in list(parameters.values())[first:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_scaled_dot_product_attention_has_pytorchs_signature() -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.cases import AttentionCase, BlockCase, GeluCase, LayerNormCase, LossCase, MlpCase, RotaryCase
+from benchmarks.cases import (
+    AttentionCase,
+    BlockCase,
+    GeluCase,
+    LayerNormCase,
+    LossCase,
+    MlpCase,
+    RMSNormCase,
+    RotaryCase,
+)
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
@@ -18,6 +27,7 @@ CASES = (
     AttentionCase(1, 2, 17, 16, causal="top_left"),
     LayerNormCase(5, 33),
     LayerNormCase(300, 8, affine=False),
+    RMSNormCase(5, 33),
     GeluCase(3, 17),
     GeluCase(3, 17, "tanh"),
     MlpCase(5, 8, 12),
@@ -55,7 +65,9 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
     assert len(results) == (1 if direction == "forward" else 1 + len(inputs.tensors))
 
 
-@pytest.mark.parametrize("case", (*CASES[:6], *CASES[-2:]), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "fastattn-triton" in PROVIDERS[c.operation]], ids=lambda case: case.name
+)
 def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
     """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
     for module in ("attention", "norm", "mlp", "rotary"):

@@ -24,6 +24,7 @@ X = torch.linspace(-2.0, 2.0, 24).reshape(1, 2, 3, 4)
 PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "gelu": (fastattn.gelu, F.gelu),
     "layer_norm": (lambda x: fastattn.layer_norm(x, 4), lambda x: F.layer_norm(x, (4,))),
+    "rms_norm": (lambda x: fastattn.rms_norm(x, 4), lambda x: F.rms_norm(x, (4,))),
     "attention": (
         lambda x: fastattn.attention(x, x, x, causal=True),
         lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
