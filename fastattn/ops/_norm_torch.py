@@ -25,9 +25,10 @@ def residual_sum(
         rowscale = rowscale.reshape(rowscale.shape + (1,) * (x.dim() - rowscale.dim()))
     if residual is None:
         return (branch if rowscale is None else branch * rowscale).to(dtype)
-    common = torch.promote_types(x.dtype, residual.dtype)
-    if torch.promote_types(common, dtype) != common:
-        residual = residual.to(dtype)  # or the sum would be rounded before it is stored
+    if residual.dtype != dtype:
+        common = torch.promote_types(x.dtype, residual.dtype)
+        if torch.promote_types(common, dtype) != common:
+            residual = residual.to(dtype)  # or the sum would be rounded before it is stored
     total = residual + branch if rowscale is None else torch.addcmul(residual, branch, rowscale)
     return total.to(dtype)
 
@@ -48,24 +49,27 @@ def normalize(
     dtype = x.dtype
     weight_dtype = dtype if weight is None else weight.dtype
     bias_dtype = dtype if bias is None else bias.dtype
+    alike = out_dtype == dtype == weight_dtype == bias_dtype
+    if alike and x.is_cpu:
+        return plain(x, shape, weight, bias, eps, rms)
     with _without_autocast(x):
-        if out_dtype == dtype == weight_dtype == bias_dtype:
-            return _normalize(x, shape, weight, bias, eps, rms)
+        if alike:
+            return plain(x, shape, weight, bias, eps, rms)
         # PyTorch's operators take few mixtures of dtypes, and which ones depends on the device. The CPU's reads
         # 16-bit x beside float32 parameters, so that no wide copy of x is made. Where these need gradients, it would
         # sum them over the rows in x's dtype.
         parameters = {t.dtype for t in (weight, bias) if t is not None}
         native = x.is_cpu and dtype.itemsize == 2 and out_dtype == dtype and parameters == {torch.float32}
         if native and not rms and not needs_graph(weight, bias):
-            return torch_layer_norm(x, shape, weight, bias, eps or 0.0)
+            return plain(x, shape, weight, bias, eps, rms)
         wide = torch.promote_types(torch.promote_types(dtype, weight_dtype), bias_dtype)
         wide = torch.promote_types(wide, out_dtype)
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
-        return _normalize(x.to(wide), shape, weight, bias, eps, rms).to(out_dtype)
+        return plain(x.to(wide), shape, weight, bias, eps, rms).to(out_dtype)
 
 
-def _normalize(
+def plain(
     x: Tensor,
     shape: Sequence[int],
     weight: Tensor | None,
@@ -73,9 +77,10 @@ def _normalize(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
+    """PyTorch's own function."""
     if rms:
         return torch_rms_norm(x, shape, weight, eps)
-    return torch_layer_norm(x, shape, weight, bias, eps or 0.0)
+    return torch_layer_norm(x, shape, weight, bias, eps)  # type: ignore[arg-type]
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:

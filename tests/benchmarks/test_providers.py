@@ -136,7 +136,8 @@ def test_ceilings_count_bytes_both_ways_and_two_operations_a_product():
 
 def test_provider_names_are_checked():
     with pytest.raises(
-        ValueError, match="operation='gelus' is unknown; there are attention, layer_norm, gelu"
+        ValueError,
+        match="operation='gelus' is unknown; there are attention, layer_norm, rms_norm, add_layer_norm, gelu",
     ):
         provider("gelus", "mine")
     with pytest.raises(ValueError, match="operation 'gelu' has a provider 'torch' already"):
