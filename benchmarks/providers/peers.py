@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
+from benchmarks.cases import AttentionCase, LayerNormCase, LossCase, RMSNormCase
 from benchmarks.providers.attention import refuse_options
 from benchmarks.providers.registry import NOTES, Absent, Function, provider
 
@@ -147,6 +147,16 @@ def liger_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
     if not case.affine:
         raise Absent("Liger's LayerNorm has a weight and a bias")
     return lambda x, weight, bias: function(x, weight, bias, 1e-5)
+
+
+@provider("rms_norm", "liger")
+def liger_rms_norm(case: RMSNormCase, device: torch.device) -> Function:
+    """Not in place, as it is by default: the gradient that arrives would be written over."""
+    function = _import("liger_kernel.transformers.functional", device).liger_rms_norm
+    if not case.affine:
+        raise Absent("Liger's RMSNorm has a weight")
+    eps = torch.finfo(torch.float32).eps
+    return lambda x, weight: function(x, weight, eps, in_place=False)
 
 
 @provider("loss", "liger")
