@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LossCase
+from benchmarks.cases import AttentionCase, LayerNormCase, LossCase, RMSNormCase
 from benchmarks.measure import DIRECTIONS, Inputs, _empty_row, prepare
 from benchmarks.providers import Absent, peers
 from fastattn import reference
@@ -155,6 +155,7 @@ def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
         "liger_kernel.transformers.functional",
         liger_cross_entropy=CrossEntropy.apply,
         liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_rms_norm=lambda x, weight, eps, *, in_place: F.rms_norm(x, weight.shape, weight, eps),
     )
     agrees(LossCase(21, 13), "liger")
     inputs = Inputs(LossCase(21, 13), CPU)
@@ -165,6 +166,7 @@ def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
         note = _empty_row(inputs.case, direction, "liger").get("note", "")
         assert ("copy of the logits" in note) is copies
     agrees(LayerNormCase(5, 33), "liger")
+    agrees(RMSNormCase(5, 33), "liger")
     with pytest.raises(Absent, match="has a weight and a bias"):
         prepare(Inputs(LayerNormCase(5, 33, affine=False), CPU), "liger", "forward")
 
