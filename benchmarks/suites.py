@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import (
+    AddLayerNormCase,
     AttentionCase,
     BlockCase,
     GeluCase,
@@ -99,9 +100,11 @@ SUITES = {
                 LayerNormCase(1024, 256),
                 LayerNormCase(333, 8192),
                 RMSNormCase(1024, 256),
+                AddLayerNormCase(1024, 256),
             ),
             gpu=(
                 LayerNormCase(16384, 4096, dtype=_BF16),
+                AddLayerNormCase(16384, 4096, _BF16),
                 RMSNormCase(16384, 4096, dtype=_BF16),
                 LayerNormCase(16384, 768, dtype=_BF16),
                 LayerNormCase(16384, 8192, dtype=_BF16),
@@ -110,6 +113,8 @@ SUITES = {
                 LayerNormCase(4096, 1024, dtype=_BF16),
                 LayerNormCase(8192, 1024, dtype=_BF16),
                 LayerNormCase(8192, 16384, dtype=_BF16),
+                AddLayerNormCase(16384, 1024, _BF16),
+                AddLayerNormCase(16384, 4096, _BF16, torch.float32),
             ),
         ),
         Suite(

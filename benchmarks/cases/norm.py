@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class AddLayerNormCase:
             for seed, (shape, dtype) in enumerate(zip((rows, rows, width, width), dtypes, strict=True))
         )
 
-    def reference(self, *tensors: Tensor) -> Any:
+    def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         x, residual, weight, bias = tensors
         total = reference.residual_sum(x, residual)
         return reference.layer_norm(total, self.width, weight, bias, out_dtype=x.dtype), total

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,7 +80,7 @@ def add_layer_norm_naive(case: AddLayerNormCase, device: torch.device) -> Functi
 
 @provider("add_layer_norm", "torch")
 def add_layer_norm_torch(case: AddLayerNormCase, device: torch.device) -> Function:
-    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         total = residual + x
         return F.layer_norm(total, (case.width,), weight.to(total), bias.to(total)).to(x.dtype), total
 
@@ -100,8 +98,7 @@ def _add_layer_norm_ours(implementation: str | None) -> Provider:
             refuse_interpreter(device)
         shape = (case.width,)
 
-        def call(*tensors: Tensor) -> Any:
-            x, residual, weight, bias = tensors
+        def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
             return fastattn.add_layer_norm(x, residual, shape, weight, bias, implementation=implementation)
 
         return call

@@ -17,8 +17,8 @@ from benchmarks.cases import (
     LayerNormCase,
     LossCase,
     MlpCase,
-    RotaryCase,
     RMSNormCase,
+    RotaryCase,
 )
 from fastattn import reference
 from fastattn.models import GPT, TransformerConfig

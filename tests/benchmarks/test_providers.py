@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import cases
 from benchmarks.cases import (
+    AddLayerNormCase,
     AttentionCase,
     BlockCase,
     GeluCase,
@@ -17,6 +18,7 @@ from benchmarks.cases import (
     RotaryCase,
 )
 from benchmarks.ceilings import measure_ceilings
+from benchmarks.inputs import as_tuple
 from benchmarks.measure import DIRECTIONS, Failed, Inputs, prepare
 from benchmarks.providers import PROVIDERS, Absent, provider
 from fastattn import dispatch
@@ -28,6 +30,7 @@ CASES = (
     LayerNormCase(5, 33),
     LayerNormCase(300, 8, affine=False),
     RMSNormCase(5, 33),
+    AddLayerNormCase(5, 33),
     GeluCase(3, 17),
     GeluCase(3, 17, "tanh"),
     MlpCase(5, 8, 12),
@@ -62,7 +65,7 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
             prepare(inputs, name, direction)
         return
     results = prepare(inputs, name, direction)()
-    assert len(results) == (1 if direction == "forward" else 1 + len(inputs.tensors))
+    assert len(results) == len(inputs.grad_outputs) + (0 if direction == "forward" else len(inputs.tensors))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +88,12 @@ def test_interpreter_is_refused_as_a_measurement(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_wrong_result_is_caught_before_it_is_timed(case, extra_provider):
     right = PROVIDERS[case.operation]["torch"]
-    extra_provider(case.operation, "wrong", lambda c, d: lambda *t: right(c, d)(*t) * 1.001)
-    with pytest.raises(Failed, match="wrong: output: largest error"):
+    extra_provider(
+        case.operation,
+        "wrong",
+        lambda c, d: lambda *t: tuple(out * 1.001 for out in as_tuple(right(c, d)(*t))),
+    )
+    with pytest.raises(Failed, match=r"wrong: output( 0)?: largest error"):
         prepare(Inputs(case, CPU), "wrong", "forward")
 
 
