@@ -13,6 +13,7 @@ from benchmarks.cases import (
     AttentionCase,
     GeluCase,
     LayerNormCase,
+    LossCase,
     OpCase,
     RMSNormCase,
     RotaryCase,
@@ -83,6 +84,11 @@ def shipped_cases() -> list[OpCase]:
                 AddLayerNormCase(8192, 4096, dtype, torch.float32, 0.1),
             ]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
+        # Padded and odd vocabularies, and few classes.
+        cases += [
+            LossCase(8192, vocabulary, dtype)
+            for vocabulary in ((50_304, 50_257, 10) if narrow else (50_304,))
+        ]
     return cases
 
 
@@ -159,6 +165,19 @@ def _launch_rotary(case: RotaryCase) -> None:
     rotary_embedding([x], *call, False)
 
 
+def _launch_loss(case: LossCase) -> None:
+    from fastattn.kernels.cross_entropy_backward import cross_entropy_backward
+    from fastattn.kernels.cross_entropy_forward import cross_entropy_forward, cross_entropy_of_chunk
+
+    logits = case.inputs("meta")[0].detach()
+    target = torch.empty(case.rows, dtype=torch.int64, device="meta")
+    # With label smoothing, z-loss and a soft cap: a plain call's kernel has less of everything.
+    options = (-100, "mean", 0.1, 1e-4, 30.0)
+    loss, statistics, kept = cross_entropy_forward(logits, target, *options, logits.dtype, False)
+    cross_entropy_backward(loss, None, logits, target, statistics, kept, *options)
+    cross_entropy_of_chunk(logits, target, None, statistics[0], *options[:1], *options[2:], True)
+
+
 _LAUNCH: dict[str, Callable[[Any], None]] = {
     "attention": _launch_attention,
     "layer_norm": _launch_norm,
@@ -166,6 +185,7 @@ _LAUNCH: dict[str, Callable[[Any], None]] = {
     "add_layer_norm": _launch_norm,
     "gelu": _launch_gelu,
     "rotary": _launch_rotary,
+    "loss": _launch_loss,
 }
 
 

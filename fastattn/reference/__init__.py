@@ -12,6 +12,7 @@ from fastattn.reference.attention import (
     scaled_dot_product_attention,
     window_mask,
 )
+from fastattn.reference.loss import cross_entropy, linear_cross_entropy
 from fastattn.reference.norm import layer_norm, residual_sum, rms_norm
 from fastattn.reference.rotary import rotary_embedding
 
@@ -19,8 +20,10 @@ __all__ = [
     "attention",
     "attention_varlen",
     "causal_mask",
+    "cross_entropy",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "residual_sum",
     "rms_norm",
     "rotary_embedding",
