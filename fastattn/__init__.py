@@ -10,6 +10,7 @@ from fastattn import nn, reference
 from fastattn.dispatch import Explanation, NotSupported, debug_checks, explain, use_implementation
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
+from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.gelu import gelu
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rotary import rotary_embedding, rotary_embedding_qk, rotary_tables
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_varlen",
+    "cross_entropy",
     "debug_checks",
     "explain",
     "flash_attn",

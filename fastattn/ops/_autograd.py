@@ -17,10 +17,10 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 
 
 def differentiable_gradients(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
-    grad_output: Tensor,
+    grad_output: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of `function(*inputs)` that can themselves be differentiated.
 
