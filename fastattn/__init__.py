@@ -12,6 +12,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.gelu import gelu
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rotary import rotary_embedding, rotary_embedding_qk, rotary_tables
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -32,6 +33,7 @@ __all__ = [
     "flash_attn",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "models",
     "nn",
     "reference",

@@ -6,6 +6,7 @@ functions do.
 
 from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fastattn.nn.rotary import RotaryEmbedding
 
@@ -13,7 +14,9 @@ __all__ = [
     "GELU",
     "AddLayerNorm",
     "AddRMSNorm",
+    "CrossEntropyLoss",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",

@@ -1,0 +1,371 @@
+"""The loss of logits = input W^T + b, a chunk of rows at a time, so that the logits are never held whole.
+
+Gradients are made where the logits are, in the forward (as in Liger Kernel, Hsu et al., 2024), of the sum of the losses:
+what the mean divides by, and the incoming gradient, are multiplied in afterwards, so that 16-bit gradients neither
+underflow nor are written to. The products are PyTorch's; weight and bias gradients are added up in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import autocasts
+from fastattn.ops._loss import LossOptions
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Rows of a chunk come in multiples of what matrix products take at a time.
+ROW_TILE = 128
+# Rows of a weight's gradient whose sums stay in a CPU's cache between the product and the addition.
+_CACHED_ROWS = 2048
+
+
+class Chunks(NamedTuple):
+    """How a call is computed, in the order of the registered operators.
+
+    Attributes:
+        memory_budget: bytes that a chunk's logits and what is made of them may take; None for the rule of `chunk_rows`.
+        compute_dtype: of the products.
+        triton: whether the kernels compute the losses, rather than PyTorch's operators.
+    """
+
+    memory_budget: int | None
+    compute_dtype: torch.dtype
+    triton: bool
+
+
+def chunk_rows(
+    rows: int, width: int, classes: int, bytes_per_logit: int, itemsize: int, least: int, budget: int | None
+) -> int:
+    """How many rows a chunk has, the last perhaps fewer; at least 1.
+
+    Without a budget a chunk may take a quarter of the bytes that input and weight hold, but has `least` rows anyway.
+    Chunks are of about one size, in multiples of 128 rows from there on.
+
+    Each chunk reads and writes all of dweight in float32, 8 bytes for 2 FLOPs a row: on an H200 (4.8 TB/s, 790
+    TFLOP/s of bf16 products) that takes as long as the product at 660 rows. `least` is 1,024 there.
+    """
+    row_bytes = max(classes * bytes_per_logit, 1)
+    if budget is None:
+        most = max((rows + classes) * width * itemsize // 4 // row_bytes, least)
+    else:
+        most = max(budget // row_bytes, 1)
+    if most >= rows:
+        return max(rows, 1)
+    if most < ROW_TILE:
+        return most
+    most = most // ROW_TILE * ROW_TILE
+    chunks = -(-rows // most)
+    return -(-rows // (chunks * ROW_TILE)) * ROW_TILE
+
+
+def chunk_rows_of(input: Tensor, weight: Tensor, softcap: float | None, how: Chunks) -> int:
+    """`chunk_rows` of a call with input (rows, width) and weight (classes, width)."""
+    itemsize = how.compute_dtype.itemsize
+    bytes_per_logit = itemsize
+    if not how.triton:  # see _loss_by_operators
+        bytes_per_logit += 4 * (itemsize < 4) + max(itemsize, 4) * (softcap is not None)
+    least = 1024 if input.is_cuda else ROW_TILE
+    rows, width = input.shape
+    return chunk_rows(rows, width, weight.size(0), bytes_per_logit, itemsize, least, how.memory_budget)
+
+
+def _in_given_dtypes(function: _F) -> _F:
+    """Decorator: turns autocast and autograd off; dtypes are chosen here, and gradients made by hand."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch.no_grad():
+            if not autocasts(arguments[0]):
+                return function(*arguments)
+            with torch.autocast(arguments[0].device.type, enabled=False):
+                return function(*arguments)
+
+    return run  # type: ignore[return-value]
+
+
+@_in_given_dtypes
+def linear_cross_entropy_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    needs_dinput: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+    loss_dtype: torch.dtype,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the number of kept rows, and the gradients of the sum of the losses.
+
+    Args:
+        input: (rows, width).
+        target: (rows,).
+        others: the fields of LossOptions and of Chunks.
+
+    Returns:
+        loss in `loss_dtype`; kept () in float32 or wider; dinput in input's dtype, dweight and dbias in float32 or
+        wider, an empty tensor in the place of one that is not asked for.
+    """
+    options, how = LossOptions(*others[:5]), Chunks(*others[5:])
+    wide = torch.promote_types(how.compute_dtype, torch.float32)
+    kept = (target != options.ignore_index).sum(dtype=wide)
+    losses = input.new_empty(target.shape, dtype=wide)
+    sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
+    for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
+        dlogits = _loss_of(logits, work, target[rows], None, losses[rows], options, sums.any())
+        sums.add(rows, dlogits, x, w)
+    if options.reduction == "none":
+        return losses.to(loss_dtype), kept, *sums.given()
+    loss = losses.sum()
+    return (loss / kept if options.reduction == "mean" else loss).to(loss_dtype), kept, *sums.given()
+
+
+@_in_given_dtypes
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    needs_dinput: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients where each row's loss has its own, dloss (rows,): every chunk is computed again."""
+    options, how = LossOptions(*others[:5]), Chunks(*others[5:])
+    wide = torch.promote_types(how.compute_dtype, torch.float32)
+    dloss = dloss.to(wide).contiguous()
+    losses = torch.empty_like(dloss)
+    sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
+    for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
+        dlogits = _loss_of(logits, work, target[rows], dloss[rows], losses[rows], options, True)
+        sums.add(rows, dlogits, x, w)
+    return sums.given()
+
+
+def _chunks(
+    input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, how: Chunks
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor, Tensor]]:
+    """Of each chunk its rows, its logits, memory for PyTorch's operators to work in, its input, and the weight.
+
+    Logits, input and weight are in the products' dtype; logits and the memory, which may be the same, are those of
+    the chunk before. The kernels need none.
+    """
+    rows, classes = input.size(0), weight.size(0)
+    size = min(chunk_rows_of(input, weight, softcap, how), rows)
+    dtype = how.compute_dtype
+    weight = weight.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
+    buffer = input.new_empty((size, classes), dtype=dtype)
+    work = None if how.triton else buffer
+    if work is not None and dtype.itemsize < 4:
+        work = input.new_empty((size, classes), dtype=torch.float32)
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        count = chunk.stop - chunk.start
+        x, logits = input[chunk].to(dtype), buffer[:count]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        yield chunk, logits, None if work is None else work[:count], x, weight
+
+
+class _Sums(NamedTuple):
+    """The gradients as they grow; None for one that is not asked for."""
+
+    dinput: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+    @staticmethod
+    def of(
+        input: Tensor, weight: Tensor, dinput: bool, dweight: bool, dbias: bool, wide: torch.dtype
+    ) -> _Sums:
+        return _Sums(
+            torch.empty_like(input) if dinput else None,
+            # The first chunk writes it, if there is one.
+            _empty_or_zeros(weight, wide, input.size(0) == 0) if dweight else None,
+            weight.new_zeros(weight.shape[:1], dtype=wide) if dbias else None,
+        )
+
+    def any(self) -> bool:
+        return any(t is not None for t in self)
+
+    def add(self, rows: slice, dlogits: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Adds what a chunk's dlogits contribute."""
+        if self.dinput is not None:
+            part = self.dinput[rows]
+            if part.dtype == dlogits.dtype:
+                torch.mm(dlogits, weight, out=part)
+            else:
+                part.copy_(torch.mm(dlogits, weight))
+        if self.dweight is not None:
+            _add_product(self.dweight, dlogits.t(), x, first=rows.start == 0)
+        if self.dbias is not None:
+            self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype))
+
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        dinput, dweight, dbias = (torch.empty(0) if t is None else t for t in self)
+        return dinput, dweight, dbias
+
+
+def _empty_or_zeros(like: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
+    return (torch.zeros_like if zeros else torch.empty_like)(
+        like, dtype=dtype, memory_format=torch.contiguous_format
+    )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, or where it is the first total = a b, with sums in total's dtype, float32 or wider."""
+    dtype = total.dtype
+    form = "widen" if a.dtype == dtype else _wide_product(a.device, a.dtype)
+    if form == "rounded":
+        _add_rounded_product(total, a, b, first)
+    elif form == "widen":
+        a, b = a.to(dtype), b.to(dtype)
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif first:
+        torch.mm(a, b, out_dtype=dtype, out=total)
+    elif form == "addmm":
+        torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b, out_dtype=dtype))
+
+
+def _add_rounded_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """As `_add_product`, but of a product in a's dtype, some rows at a time so that they stay in the cache."""
+    size = min(_CACHED_ROWS, total.size(0))
+    products = b.new_empty(size, total.size(1))
+    # Widened before they are added: PyTorch's CPU adds mixed dtypes at a fifth of the speed.
+    widened = torch.empty_like(products, dtype=total.dtype)
+    for part, rows in zip(total.split(size), a.split(size), strict=True):
+        product = torch.mm(rows, b, out=products[: len(part)])
+        if first:
+            part.copy_(product)
+        else:
+            part.add_(widened[: len(part)].copy_(product))
+
+
+@cache
+def _wide_product(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of 16-bit matrices are added up in float32 on a device.
+
+    "addmm" and "mm" have float32 results; whether `out_dtype` is taken, tried once on a tile, depends on the device and
+    on PyTorch's version. "widen" makes float32 products. "rounded" rounds each chunk's product to bfloat16 first, no
+    more than PyTorch rounds that of all rows, where a float32 product takes four times as long; a sum of float16 could
+    overflow.
+    """
+    if device.type == "cpu":
+        return "rounded" if dtype == torch.bfloat16 else "widen"
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        return "addmm"
+    except (RuntimeError, TypeError):
+        pass
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+        return "mm"
+    except (RuntimeError, TypeError):
+        return "widen"
+
+
+def _loss_of(
+    logits: Tensor,
+    work: Tensor | None,
+    target: Tensor,
+    scale: Tensor | None,
+    losses: Tensor,
+    options: LossOptions,
+    writes_gradient: bool,
+) -> Tensor:
+    """Writes a chunk's losses and, if asked for, dlogits over the logits, which it returns.
+
+    `scale` (rows,) holds the gradients of the losses, None for ones; `work` is of the logits' shape in the losses'
+    dtype, and may be the logits; without it the kernels are taken.
+    """
+    if work is not None:
+        if work.data_ptr() != logits.data_ptr():
+            work.copy_(logits)
+        dlogits = _loss_by_operators(work, target, scale, losses, options, writes_gradient)
+        return dlogits if dlogits.dtype == logits.dtype or not writes_gradient else logits.copy_(dlogits)
+    from fastattn.kernels.cross_entropy_forward import cross_entropy_of_chunk
+
+    ignore_index, _, label_smoothing, z_loss, softcap = options
+    cross_entropy_of_chunk(
+        logits, target, scale, losses, ignore_index, label_smoothing, z_loss, softcap, writes_gradient
+    )
+    return logits
+
+
+def _loss_by_operators(
+    x: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    losses: Tensor,
+    options: LossOptions,
+    writes_gradient: bool,
+) -> Tensor:
+    """Of logits x, over which the gradient is written, and where that is not asked for something; returns x.
+
+    With m the maximum of a row, lse = m + log sum exp(x - m); see `fastattn.cross_entropy` for the loss, whose gradient
+    in x is (1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / classes.
+    """
+    ignore_index, _, smoothing, z_loss, softcap = options
+    ignored = target == ignore_index
+    named = target.long().masked_fill(ignored, 0).unsqueeze(1)  # (rows, 1)
+    capped = None
+    if softcap is not None:
+        x = x.div_(softcap).tanh_()
+        capped = x.clone() if writes_gradient else None
+        x.mul_(softcap)
+    pivot = x.amax(1, keepdim=True)
+    pivot.masked_fill_(pivot == -math.inf, 0.0)
+    x.sub_(pivot)
+    distance = -x.gather(1, named).squeeze(1)
+    if smoothing:
+        distance.mul_(1.0 - smoothing).sub_(x.mean(1), alpha=smoothing)
+    total = x.exp_().sum(1)
+    log_sum = total.log()
+    torch.add(log_sum, distance, out=losses)
+    of_softmax, of_target = total.reciprocal_(), torch.full_like(total, smoothing - 1.0)
+    if z_loss:
+        lse = log_sum.add_(pivot.squeeze(1))
+        losses.addcmul_(lse, lse, value=z_loss)
+        of_softmax.mul_(lse.mul_(2.0 * z_loss).add_(1.0))
+    losses.masked_fill_(ignored, 0.0)
+    if not writes_gradient:
+        return x
+    if scale is not None:
+        of_softmax.mul_(scale)
+        of_target.mul_(scale)
+    x.mul_(of_softmax.unsqueeze(1)).scatter_add_(1, named, of_target.unsqueeze(1))
+    if smoothing:
+        share = smoothing / x.size(1)
+        x.sub_(share if scale is None else (scale * share).unsqueeze(1))
+    if capped is not None:
+        x.mul_(capped.square_().neg_().add_(1.0))
+    _zero_rows(x, ignored)
+    return x
+
+
+def _zero_rows(tensor: Tensor, chosen: Tensor) -> None:
+    """Zeros in the chosen rows, whatever is there."""
+    if tensor.is_cpu:  # where looking at values waits for nothing
+        tensor.index_fill_(0, chosen.nonzero().squeeze(1), 0.0)
+    else:
+        tensor.masked_fill_(chosen.unsqueeze(1), 0.0)
