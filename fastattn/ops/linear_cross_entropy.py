@@ -305,7 +305,8 @@ def linear_cross_entropy(
         linear_bias: (classes,) or None.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as for `fastattn.cross_entropy`.
         memory_budget: bytes that a chunk's logits, and what is made of them, may take; at least one row is taken. None:
-            a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere.
+            a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere
+            (256 of 16 bits).
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
     Returns:
