@@ -180,7 +180,7 @@ def _check(
         raise ValueError(f"target has shape {tuple(target.shape)}; {tuple(needed)} is needed beside {tuple(shape)}")
     if weight is not None and weight.shape != (classes,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; one of each of the {classes} classes is needed")
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         _check_in_place(input)
 
 
