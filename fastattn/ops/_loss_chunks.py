@@ -123,9 +123,9 @@ def linear_cross_entropy_forward(
         dlogits = _loss_of(logits, work, target[rows], None, losses[rows], options, sums.any())
         sums.add(rows, dlogits, x, w)
     if options.reduction == "none":
-        return losses.to(loss_dtype), kept, *sums.given()
+        return losses.to(loss_dtype), kept, *sums.given(input)
     loss = losses.sum()
-    return (loss / kept if options.reduction == "mean" else loss).to(loss_dtype), kept, *sums.given()
+    return (loss / kept if options.reduction == "mean" else loss).to(loss_dtype), kept, *sums.given(input)
 
 
 @_in_given_dtypes
@@ -149,7 +149,7 @@ def linear_cross_entropy_backward(
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
         dlogits = _loss_of(logits, work, target[rows], dloss[rows], losses[rows], options, True)
         sums.add(rows, dlogits, x, w)
-    return sums.given()
+    return sums.given(input)
 
 
 def _chunks(
@@ -161,7 +161,7 @@ def _chunks(
     the chunk before. The kernels need none.
     """
     rows, classes = input.size(0), weight.size(0)
-    size = min(chunk_rows_of(input, weight, softcap, how), rows)
+    size = chunk_rows_of(input, weight, softcap, how)  # at most `rows`, if there are any
     dtype = how.compute_dtype
     weight = weight.to(dtype)
     if bias is not None:
@@ -215,8 +215,9 @@ class _Sums(NamedTuple):
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype))
 
-    def given(self) -> tuple[Tensor, Tensor, Tensor]:
-        dinput, dweight, dbias = (torch.empty(0) if t is None else t for t in self)
+    def given(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients, with an empty tensor for None: an operator cannot return that."""
+        dinput, dweight, dbias = (like.new_empty(0) if t is None else t for t in self)
         return dinput, dweight, dbias
 
 
