@@ -16,6 +16,7 @@ from benchmarks.cases import (
     GeluCase,
     GptCase,
     LayerNormCase,
+    LinearLossCase,
     LossCase,
     MlpCase,
     OpCase,
@@ -184,7 +185,22 @@ def loss_backward(case: LossCase) -> Cost:
     return Cost(3 * logits, traffic)
 
 
-def _kept_rows(case: LossCase) -> int:
+def linear_loss_forward(case: LinearLossCase) -> Cost:
+    """One matrix product of the rows that count; bytes of these, W, the targets and the loss: no logits."""
+    rows = _kept_rows(case)
+    values = rows * case.width + case.vocabulary * case.width + 1
+    flops = 2 * rows * case.width * case.vocabulary
+    return Cost(flops, values * case.dtype.itemsize + case.rows * _INT64)
+
+
+def linear_loss_backward(case: LinearLossCase) -> Cost:
+    """Two matrix products, from logits made in the forward. Reads as the forward; writes the gradients of x and W."""
+    forward = linear_loss_forward(case)
+    written = (case.rows + case.vocabulary) * case.width * case.dtype.itemsize
+    return Cost(2 * forward.flops, forward.bytes + written)
+
+
+def _kept_rows(case: LossCase | LinearLossCase) -> int:
     """Rows whose target counts: every tenth, from the first on, is ignored."""
     return case.rows - -(-case.rows // 10)
 
@@ -231,6 +247,7 @@ _FORWARD_AND_BACKWARD = {
     "gelu": (gelu_forward, gelu_backward),
     "mlp": (mlp_forward, mlp_backward),
     "loss": (loss_forward, loss_backward),
+    "linear_loss": (linear_loss_forward, linear_loss_backward),
     "block": (block_forward, block_backward),
     "rotary": (rotary_forward, rotary_backward),
 }

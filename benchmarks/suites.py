@@ -17,6 +17,7 @@ from benchmarks.cases import (
     GeluCase,
     GptCase,
     LayerNormCase,
+    LinearLossCase,
     LossCase,
     MlpCase,
     OpCase,
@@ -145,9 +146,15 @@ SUITES = {
         ),
         Suite(
             "loss",
-            "cross-entropy",
-            cpu=(LossCase(512, 8192),),
-            gpu=(LossCase(8192, 50304, dtype=_BF16), LossCase(4096, 131072, dtype=_BF16)),
+            "cross-entropy, and the linear layer before it",
+            cpu=(LossCase(512, 8192), LinearLossCase(512, 256, 32768)),
+            gpu=(
+                LossCase(8192, 50304, dtype=_BF16),
+                LinearLossCase(8192, 768, 50304, dtype=_BF16),
+                LossCase(4096, 131072, dtype=_BF16),
+                LinearLossCase(8192, 4096, 131072, dtype=_BF16),
+                LossCase(8192, 50257, dtype=_BF16),
+            ),
         ),
         Suite(
             "block",

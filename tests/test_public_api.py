@@ -40,6 +40,15 @@ def test_norms_have_pytorchs_arguments(name: str, count: int) -> None:
         assert {p.kind for p in list(parameters.values())[first:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+def test_cross_entropy_has_pytorchs_arguments() -> None:
+    theirs = inspect.signature(F.cross_entropy).parameters
+    ours = inspect.signature(fastattn.cross_entropy).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert [ours[name].default for name in theirs] == [p.default for p in theirs.values()]
+    others = list(ours.values())[len(theirs) :]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in others)
+
+
 def test_scaled_dot_product_attention_has_pytorchs_signature() -> None:
     """PyTorch's is a builtin; its signature stands at the head of its documentation."""
     text = F.scaled_dot_product_attention.__doc__.split("->")[0]

@@ -6,14 +6,22 @@ values in the same layout. benchmarks/suites.py says which cases are measured.
 
 from benchmarks.cases.attention import AttentionCase
 from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
-from benchmarks.cases.loss import LossCase
+from benchmarks.cases.loss import LinearLossCase, LossCase
 from benchmarks.cases.mlp import GeluCase, MlpCase
 from benchmarks.cases.model import BlockCase, GptCase, call_block
 from benchmarks.cases.norm import AddLayerNormCase, LayerNormCase, RMSNormCase
 from benchmarks.cases.rotary import RotaryCase
 
 OpCase = (
-    AttentionCase | LayerNormCase | AddLayerNormCase | GeluCase | MlpCase | LossCase | BlockCase | RotaryCase
+    AttentionCase
+    | LayerNormCase
+    | AddLayerNormCase
+    | GeluCase
+    | MlpCase
+    | LossCase
+    | LinearLossCase
+    | BlockCase
+    | RotaryCase
 )
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "GeluCase",
     "GptCase",
     "LayerNormCase",
+    "LinearLossCase",
     "LossCase",
     "MlpCase",
     "OpCase",

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import LossCase
-from benchmarks.providers.registry import Absent, Function, compiled, provider
+import fastattn
+from benchmarks.cases import LinearLossCase, LossCase
+from benchmarks.providers.registry import Function, Provider, compiled, provider, refuse_interpreter
 
 
 @provider("loss", "naive")
@@ -35,6 +36,50 @@ def loss_compile(case: LossCase, device: torch.device) -> Function:
     return compiled(loss_naive(case, device), device)
 
 
-@provider("loss", "fastattn")
-def loss_ours(case: LossCase, device: torch.device) -> Function:
-    raise Absent("fastattn has no fused cross-entropy yet")
+def _loss_ours(implementation: str | None) -> Provider:
+    def ours(case: LossCase, device: torch.device) -> Function:
+        if implementation != "torch":
+            refuse_interpreter(device)
+        targets = case.targets(device)
+        return lambda logits: fastattn.cross_entropy(logits, targets, implementation=implementation)
+
+    return ours
+
+
+provider("loss", "fastattn")(_loss_ours(None))
+provider("loss", "fastattn-triton")(_loss_ours("triton"))
+provider("loss", "fastattn-torch")(_loss_ours("torch"))
+
+
+@provider("linear_loss", "naive")
+def linear_loss_naive(case: LinearLossCase, device: torch.device) -> Function:
+    """All logits, and the formula."""
+    return case.reference
+
+
+@provider("linear_loss", "torch")
+def linear_loss_torch(case: LinearLossCase, device: torch.device) -> Function:
+    targets = case.targets(device)
+    return lambda x, weight: F.cross_entropy(F.linear(x, weight), targets)
+
+
+@provider("linear_loss", "torch-compile")
+def linear_loss_compile(case: LinearLossCase, device: torch.device) -> Function:
+    return compiled(linear_loss_torch(case, device), device)
+
+
+def _linear_loss_ours(implementation: str | None) -> Provider:
+    def ours(case: LinearLossCase, device: torch.device) -> Function:
+        if implementation != "torch":
+            refuse_interpreter(device)
+        targets = case.targets(device)
+        return lambda x, weight: fastattn.linear_cross_entropy(
+            x, weight, targets, implementation=implementation
+        )
+
+    return ours
+
+
+provider("linear_loss", "fastattn")(_linear_loss_ours(None))
+provider("linear_loss", "fastattn-triton")(_linear_loss_ours("triton"))
+provider("linear_loss", "fastattn-torch")(_linear_loss_ours("torch"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LossCase, RMSNormCase
+from benchmarks.cases import AttentionCase, LayerNormCase, LinearLossCase, LossCase, RMSNormCase
 from benchmarks.providers.attention import refuse_options
 from benchmarks.providers.registry import NOTES, Absent, Function, provider
 
@@ -177,6 +177,14 @@ def liger_cross_entropy(case: LossCase, device: torch.device) -> Function:
 
 
 NOTES["loss", "liger", "forward+backward"] = "its time holds a copy of the logits, which it overwrites"
+
+
+@provider("linear_loss", "liger")
+def liger_linear_cross_entropy(case: LinearLossCase, device: torch.device) -> Function:
+    """Its functional form, by name: positions after the first three have changed between versions."""
+    function = _import("liger_kernel.transformers.functional", device).liger_fused_linear_cross_entropy
+    targets = case.targets(device)
+    return lambda x, weight: function(input=x, weight=weight, target=targets)
 
 
 @provider("loss", "quack")

@@ -24,6 +24,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "gelu",
         "mlp",
         "loss",
+        "linear_loss",
         "block",
         "rotary",
     )

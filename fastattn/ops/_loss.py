@@ -30,9 +30,11 @@ class LossOptions(NamedTuple):
 
 def check_options(options: LossOptions) -> None:
     """Raises ValueError for a value out of range."""
-    ignore_index, reduction, label_smoothing, z_loss, softcap = options
+    _, reduction, label_smoothing, z_loss, softcap = options
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is not a valid value for reduction; there are {_REDUCTIONS}")
+        raise ValueError(
+            f"reduction={reduction!r} is not a valid value for reduction; there are {_REDUCTIONS}"
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be between 0.0 and 1.0")
     if not 0.0 <= z_loss < math.inf:
@@ -82,7 +84,7 @@ def operator_loss(
 
     In PyTorch's own operator where that suffices; else in float32 or wider, with several tensors of the logits' size.
     """
-    ignore_index, reduction, label_smoothing, z_loss, softcap = options
+    ignore_index, reduction, _, z_loss, softcap = options
     if not target.is_floating_point() and target.dtype == torch.int32:
         target = target.long()
     if not z_loss and softcap is None and not return_lse:

@@ -1,8 +1,8 @@
 """The loss of logits = input W^T + b, a chunk of rows at a time, so that the logits are never held whole.
 
-Gradients are made where the logits are, in the forward (as in Liger Kernel, Hsu et al., 2024), of the sum of the losses:
-what the mean divides by, and the incoming gradient, are multiplied in afterwards, so that 16-bit gradients neither
-underflow nor are written to. The products are PyTorch's; weight and bias gradients are added up in float32.
+Gradients of the sum of the losses are made where the logits are, in the forward (as in Liger Kernel, Hsu et al., 2024).
+What the mean divides by, and the incoming gradient, are multiplied in afterwards, so that 16-bit gradients do not
+underflow. The products are PyTorch's; weight and bias gradients are added up in float32.
 """
 
 from __future__ import annotations

@@ -101,14 +101,14 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 def _unpack(ctx: Any) -> tuple[Tensor, ...]:
     if not ctx.inplace:
-        return ctx.saved_tensors  # type: ignore[no-any-return]
+        return ctx.saved_tensors
     if ctx.overwritten:
         raise RuntimeError(
             "fastattn.cross_entropy, inplace=True: the logits hold their gradient since the first backward; "
             "a second one needs inplace=False"
         )
     try:
-        return ctx.saved_tensors  # type: ignore[no-any-return]
+        return ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
             "fastattn.cross_entropy, inplace=True: the logits, the target or the graph are not what they were at the "
@@ -157,7 +157,12 @@ def _pack(
 
 
 def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> None:
     check_floating(input=input, weight=weight)
     check_options(options)
@@ -169,17 +174,27 @@ def _check(
     classes = shape[0] if len(shape) == 1 else shape[1]
     if target.is_floating_point():
         if target.shape != shape:
-            raise ValueError(f"target has shape {tuple(target.shape)}; probabilities of shape {tuple(shape)} are needed")
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}; probabilities of shape {tuple(shape)} are needed"
+            )
         if options.ignore_index >= 0:
-            raise ValueError(f"ignore_index={options.ignore_index} goes with class indices, not with probabilities")
+            raise ValueError(
+                f"ignore_index={options.ignore_index} goes with class indices, not with probabilities"
+            )
     elif len(shape) == 1:
         if target.shape not in ((), (1,)):
-            raise ValueError(f"target has shape {tuple(target.shape)}; () is needed beside an input (classes,)")
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}; () is needed beside an input (classes,)"
+            )
     elif target.dim() != len(shape) - 1 or target.shape[0] != shape[0] or target.shape[1:] != shape[2:]:
         needed = (shape[0], *shape[2:])
-        raise ValueError(f"target has shape {tuple(target.shape)}; {tuple(needed)} is needed beside {tuple(shape)}")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; {tuple(needed)} is needed beside {tuple(shape)}"
+        )
     if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; one of each of the {classes} classes is needed")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; one of each of the {classes} classes is needed"
+        )
     if inplace and not torch.compiler.is_compiling():
         _check_in_place(input)
 
@@ -197,7 +212,12 @@ def _rows(input: Tensor) -> Tensor:
 
 
 def _refuse_triton(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> str | None:
     if weight is not None:
         return "weight is given, and class weights are PyTorch's alone"
@@ -218,7 +238,12 @@ def _refuse_triton(
 
 
 def _run_triton(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> Any:
     rows = _rows(input)
     target = target.reshape(rows.shape[:-1])
@@ -234,7 +259,12 @@ def _run_triton(
 
 
 def _run_torch(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> Any:
     if input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
@@ -243,23 +273,40 @@ def _run_torch(
 
 
 def _run_reference(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> Any:
     classes = input.size(1 if input.dim() > 1 else 0)
     if not target.is_floating_point():
         check_classes(target, classes, options.ignore_index)
-    return reference.cross_entropy(input.to(loss_dtype(input.dtype, input)), target, weight, *options, return_lse)
+    return reference.cross_entropy(
+        input.to(loss_dtype(input.dtype, input)), target, weight, *options, return_lse
+    )
 
 
 def _describe_triton(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> str:
     where = ", over them" if inplace else ""
     return f"Triton kernels: one read of the logits, and in the backward one more and one write of dlogits{where}"
 
 
 def _describe_torch(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, return_lse: bool, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    return_lse: bool,
+    inplace: bool,
 ) -> str:
     if options.z_loss or options.softcap is not None or return_lse:
         return "torch.nn.functional.cross_entropy and PyTorch's operators around it, in float32 or wider"
@@ -334,7 +381,8 @@ def cross_entropy(
     Raises:
         TypeError: input is not floating-point, or target is neither indices nor probabilities.
         ValueError: shapes or devices do not fit, or an option is out of range.
-        IndexError: a target is no class; on a GPU within `debug_checks` alone, else its row's loss and gradient are NaN.
+        IndexError: a target is no class; on a GPU within `debug_checks` alone, else its row's loss and gradient are
+            NaN.
         RuntimeError: a second backward with `inplace`, or one after something else has written to input.
         NotSupported: the implementation asked for cannot take the call.
 

@@ -111,7 +111,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         input, weight, bias, target, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            scale = dloss
+            scale: Tensor | None = dloss
             if ctx.options.reduction == "mean":
                 # Without a row that is kept the gradients are 0, and stay so.
                 scale = dloss / kept.clamp(min=1.0)
@@ -191,12 +191,16 @@ def _check(
             "(classes, width) are needed"
         )
     if target.shape != input.shape[:-1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}; input's {tuple(input.shape[:-1])} is needed")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; input's {tuple(input.shape[:-1])} is needed"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_bias has shape {tuple(bias.shape)}; {tuple(weight.shape[:1])} is needed")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget={memory_budget} must be at least 1 byte, or None")
-    if (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)) and not autocasts(input):
+    if (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)) and not autocasts(
+        input
+    ):
         dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         raise TypeError(f"input, linear_weight and linear_bias have dtypes {dtypes}; one for all is needed")
 
@@ -209,7 +213,12 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 
 
 def _refuse_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: LossOptions, budget: int | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    budget: int | None,
 ) -> str | None:
     if weight.size(0) == 0:
         return "classes=0 must be at least 1"
@@ -238,7 +247,12 @@ def _describe(triton: bool, *arguments: Any) -> str:
 
 
 def _run_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: LossOptions, budget: int | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    budget: int | None,
 ) -> Tensor:
     check_classes(target, weight.size(0), options.ignore_index)
     logits = torch.nn.functional.linear(input.reshape(-1, input.size(-1)), weight, bias)
@@ -329,7 +343,7 @@ def linear_cross_entropy(
     Source:
         Gradients beside the loss, chunk by chunk: Hsu et al., "Liger Kernel" (2024), section 3.2.
     """
-    return _LINEAR_CROSS_ENTROPY(  # type: ignore[no-any-return]
+    return _LINEAR_CROSS_ENTROPY(
         implementation,
         *_pack(
             input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing, z_loss, softcap,

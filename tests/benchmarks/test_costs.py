@@ -15,6 +15,7 @@ from benchmarks.cases import (
     GeluCase,
     GptCase,
     LayerNormCase,
+    LinearLossCase,
     LossCase,
     MlpCase,
     RMSNormCase,
@@ -382,3 +383,18 @@ def test_rotary_bytes_are_those_of_the_tensors():
     (x,), tables = case.inputs(), case.tables()
     assert costs.rotary_forward(case).bytes == 2 * x.nbytes + sum(t.nbytes for t in tables)
     assert costs.operation_cost(case, "forward+backward").bytes == 2 * costs.rotary_forward(case).bytes
+
+
+@pytest.mark.parametrize("rows", (5, 21))
+def test_linear_loss_is_the_products_of_the_rows_that_count(rows):
+    """PyTorch counts its products over all rows; ignored ones need none, and their gradients are written as zeros."""
+    case = LinearLossCase(rows, 4, 9, dtype=torch.bfloat16)
+    x, weight = case.inputs()
+    kept = case.targets("cpu") != -100
+    with FlopCounterMode(display=False) as counter:
+        gradients = torch.autograd.grad(torch.nn.functional.linear(x[kept], weight).sum(), (x, weight))
+    both = costs.operation_cost(case, "forward+backward")
+    assert both.flops == counter.get_total_flops() == 3 * costs.linear_loss_forward(case).flops
+    read = x[kept].nbytes + weight.nbytes + 8 * rows + 2
+    assert costs.linear_loss_forward(case).bytes == read
+    assert both.bytes == 2 * read + sum(g.nbytes for g in gradients)

@@ -391,4 +391,4 @@ def test_failures_of_a_shipped_kernel():
 
 def test_every_operation_is_among_the_shipped_cases():
     operations = {case.operation for case in shipped_cases()}
-    assert operations == {"attention", "layer_norm", "rms_norm", "add_layer_norm", "gelu", "rotary"}
+    assert operations == {"attention", "layer_norm", "rms_norm", "add_layer_norm", "gelu", "rotary", "loss"}

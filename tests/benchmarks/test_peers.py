@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LossCase, RMSNormCase
+from benchmarks.cases import AttentionCase, LayerNormCase, LinearLossCase, LossCase, RMSNormCase
 from benchmarks.measure import DIRECTIONS, Inputs, _empty_row, prepare
 from benchmarks.providers import Absent, peers
 from fastattn import reference
@@ -174,3 +174,13 @@ def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
 def test_quack(install):
     install("quack.cross_entropy", cross_entropy=F.cross_entropy)
     agrees(LossCase(21, 13), "quack")
+
+
+def test_ligers_linear_loss_is_called_by_name(install):
+    """Its functional form, (input, weight, target, bias, ...), with weight (classes, width)."""
+
+    def linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+        return F.cross_entropy(F.linear(input, weight, bias), target, ignore_index=ignore_index)
+
+    install("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=linear_cross_entropy)
+    agrees(LinearLossCase(21, 8, 13), "liger")

@@ -12,6 +12,7 @@ from benchmarks.cases import (
     BlockCase,
     GeluCase,
     LayerNormCase,
+    LinearLossCase,
     LossCase,
     MlpCase,
     RMSNormCase,
@@ -35,6 +36,7 @@ CASES = (
     GeluCase(3, 17, "tanh"),
     MlpCase(5, 8, 12),
     LossCase(21, 13),
+    LinearLossCase(21, 8, 13),
     BlockCase(2, 9, 16, 2),
     RotaryCase(2, 3, 9, 16),
     RotaryCase(1, 2, 5, 6, interleaved=True),
@@ -56,8 +58,8 @@ def no_code_generation(monkeypatch):
 def test_provider_agrees_with_the_reference(case, name, direction, no_interpreter, no_code_generation):
     """`prepare` raises AssertionError where it does not."""
     inputs = Inputs(case, CPU)
-    if name in ABSENT or (case.operation, name) == ("loss", "fastattn"):
-        with pytest.raises(Absent, match=r"No module named|needs a GPU|has no fused cross-entropy yet"):
+    if name in ABSENT:
+        with pytest.raises(Absent, match=r"No module named|needs a GPU"):
             prepare(inputs, name, direction)
         return
     if name in GPU_ONLY:
@@ -73,7 +75,7 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
 )
 def test_triton_provider_agrees_with_the_reference(case, device, monkeypatch):
     """The kernels themselves, by the interpreter where there is no GPU; only the benchmarks refuse it."""
-    for module in ("attention", "norm", "mlp", "rotary"):
+    for module in ("attention", "norm", "mlp", "loss", "rotary"):
         monkeypatch.setattr(f"benchmarks.providers.{module}.refuse_interpreter", lambda device: None)
     for direction in DIRECTIONS:
         prepare(Inputs(case, device), "fastattn-triton", direction)

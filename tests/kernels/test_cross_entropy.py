@@ -96,7 +96,9 @@ def check(
     """
     copy = logits.clone()
     count = case.rows if case.reduction == "none" else 1
-    dloss = make_tensor(count, device=logits.device, seed=5).reshape((count,) if case.reduction == "none" else ())
+    dloss = make_tensor(count, device=logits.device, seed=5).reshape(
+        (count,) if case.reduction == "none" else ()
+    )
     dlse = make_tensor(case.rows, device=logits.device, seed=6)
     loss, statistics, kept = cross_entropy_forward(
         logits, target, *case.options, torch.float32, True, config=forward
@@ -128,9 +130,7 @@ def check_chunk(
     cross_entropy_of_chunk(written, target, scale, losses, ignore_index, *others, True, config=config)
     assert_accurate(losses, peer["loss"], truth["loss"], name="losses of a chunk", scale=case.scale)
     peer["dlogits"] = peer["dlogits"].to(logits.dtype)
-    assert_accurate(
-        written, peer["dlogits"], truth["dlogits"], name="gradient of a chunk", scale=case.scale
-    )
+    assert_accurate(written, peer["dlogits"], truth["dlogits"], name="gradient of a chunk", scale=case.scale)
 
 
 CLASSES = [Case(classes=classes, smoothing=0.1) for classes in (1, 2, 63, 127, 128, 300)]
@@ -241,7 +241,9 @@ def test_large_logits_keep_their_digits(device: torch.device) -> None:
     leaf = logits.double().requires_grad_()
     truth = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     torch.testing.assert_close(losses.double(), truth.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(dlogits.double(), torch.autograd.grad(truth.sum(), leaf)[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        dlogits.double(), torch.autograd.grad(truth.sum(), leaf)[0], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_ignored_rows_are_not_read(device: torch.device) -> None:
@@ -280,7 +282,9 @@ def test_sums_of_more_rows_than_one_tile(device: torch.device, monkeypatch: pyte
         loss, _, kept = cross_entropy_forward(
             logits, target, -100, reduction, 0.0, 0.0, None, torch.float32, False
         )
-        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target, reduction=reduction))
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+        )
         assert kept == 8
 
 

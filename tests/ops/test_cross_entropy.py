@@ -49,7 +49,9 @@ def peer(input: Tensor, *arguments: Any, **options: Any) -> Tensor:
         kept = torch.ones_like(x[:, 0]) > 0 if target.is_floating_point() else target != -100
         squares = torch.where(kept, z_loss * torch.logsumexp(x, 1).square(), 0.0)
         reduction = options.get("reduction", "mean")
-        loss = loss + (squares if reduction == "none" else squares.sum() / (kept.sum() if reduction == "mean" else 1))
+        loss = loss + (
+            squares if reduction == "none" else squares.sum() / (kept.sum() if reduction == "mean" else 1)
+        )
     return loss
 
 
@@ -184,7 +186,9 @@ def test_double_backward(implementation: str, device: torch.device) -> None:
     target = make_target(4, classes=7, device=device)
 
     def second(function: Callable[..., Any], **options: Any) -> tuple[Tensor, ...]:
-        loss, lse = function(x, target, reduction="none", label_smoothing=0.1, z_loss=0.1, return_lse=True, **options)
+        loss, lse = function(
+            x, target, reduction="none", label_smoothing=0.1, z_loss=0.1, return_lse=True, **options
+        )
         (dx,) = torch.autograd.grad((loss, lse), x, (dloss, dloss), create_graph=True)
         return torch.autograd.grad(dx.square().sum(), (x, dloss))
 
@@ -293,7 +297,10 @@ def test_autocast_gives_a_float32_loss(
     dtype: str, extra: dict[str, Any], implementation: str, device: torch.device
 ) -> None:
     """As PyTorch's, on every device type; the gradient has the logits' dtype."""
-    x, target = make_tensor(5, 7, dtype=DTYPES[dtype], device=device), make_target(5, classes=7, device=device)
+    x, target = (
+        make_tensor(5, 7, dtype=DTYPES[dtype], device=device),
+        make_target(5, classes=7, device=device),
+    )
 
     def under_autocast(function: Callable[..., Any], **options: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -354,15 +361,15 @@ def test_explain_names_every_refusal(device: torch.device) -> None:
 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_a_target_that_is_no_class_is_named(
-    implementation: str, z_loss: float, device: torch.device
-) -> None:
+def test_a_target_that_is_no_class_is_named(implementation: str, z_loss: float, device: torch.device) -> None:
     x = make_tensor(3, 5, device=device)
     for wrong in (5, -1):
         target = torch.tensor([0, wrong, -100], device=device)
         with (
             fastattn.debug_checks(),
-            pytest.raises(IndexError, match=rf"target holds {wrong}; it must be in \[0, 5\) or ignore_index=-100"),
+            pytest.raises(
+                IndexError, match=rf"target holds {wrong}; it must be in \[0, 5\) or ignore_index=-100"
+            ),
         ):
             fastattn.cross_entropy(x, target, z_loss=z_loss, implementation=implementation)
 

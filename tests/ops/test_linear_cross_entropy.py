@@ -37,18 +37,24 @@ def make_inputs(dtype: str, device: torch.device) -> tuple[Leaves, Tensor]:
     return (input, weight, bias), target.to(device)
 
 
-def formula(input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any) -> Tensor:
+def formula(
+    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
     return reference.linear_cross_entropy(input, weight, target, linear_bias, **options)
 
 
-def peer(input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any) -> Tensor:
+def peer(
+    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """Whole logits by PyTorch, their loss as `fastattn.cross_entropy` hands it to PyTorch."""
     logits = F.linear(input, weight, linear_bias)
     loss: Tensor = fastattn.cross_entropy(logits, target, implementation="torch", **options)
     return loss
 
 
-def results(function: Callable[..., Any], leaves: Leaves, target: Tensor, **options: Any) -> dict[str, Tensor]:
+def results(
+    function: Callable[..., Any], leaves: Leaves, target: Tensor, **options: Any
+) -> dict[str, Tensor]:
     """The loss and every gradient, for an incoming gradient that is not 1."""
     input, weight, bias = (t.detach().requires_grad_() for t in leaves)
     loss = function(input, weight, target, linear_bias=bias, **options)
@@ -74,7 +80,12 @@ def test_matches_reference(
 ) -> None:
     leaves, target = make_inputs(dtype, device)
     found = results(
-        fastattn.linear_cross_entropy, leaves, target, memory_budget=TINY, implementation=implementation, **options
+        fastattn.linear_cross_entropy,
+        leaves,
+        target,
+        memory_budget=TINY,
+        implementation=implementation,
+        **options,
     )
     theirs = results(peer, leaves, target, **options)
     wide = tuple(t.double() for t in leaves)
@@ -273,7 +284,9 @@ def test_second_derivatives_are_refused(reduction: str, implementation: str, dev
     )
     gradients = torch.autograd.grad(loss.sum(), (input, weight, bias), create_graph=True)
     for leaf in (input, weight):
-        with pytest.raises(fastattn.NotSupported, match="linear_cross_entropy has no second derivative.* all logits"):
+        with pytest.raises(
+            fastattn.NotSupported, match=r"linear_cross_entropy has no second derivative.* all logits"
+        ):
             torch.autograd.grad(gradients[0].square().sum(), leaf, retain_graph=True)
 
 
@@ -307,9 +320,7 @@ def test_exports(implementation: str, device: torch.device) -> None:
 
     (input, weight, _), target = make_inputs("fp32", device)
     rows = {0: torch.export.Dim("rows", min=2, max=100)}
-    program = torch.export.export(
-        Loss(), (input[:6], weight, target[:6]), dynamic_shapes=(rows, None, rows)
-    )
+    program = torch.export.export(Loss(), (input[:6], weight, target[:6]), dynamic_shapes=(rows, None, rows))
     torch.testing.assert_close(program.module()(input, weight, target), peer(input, weight, target))
 
 
@@ -329,9 +340,7 @@ def test_opcheck(reduction: str, triton: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("parameters", ["fp32", "bf16"])
-def test_autocast_is_that_of_linear(
-    parameters: str, implementation: str, device: torch.device
-) -> None:
+def test_autocast_is_that_of_linear(parameters: str, implementation: str, device: torch.device) -> None:
     """Products in the autocast dtype, the loss in float32, gradients in each tensor's own dtype."""
     (_, weight, bias), target = make_inputs(parameters, device)
     input = make_inputs("fp32", device)[0][0]
@@ -346,7 +355,7 @@ def test_autocast_is_that_of_linear(
     truth = results(formula, tuple(t.double() for t in rounded), target)
     for name, actual in found.items():
         assert (actual - truth[name]).abs().max() <= 2e-2 * truth[name].abs().max()
-    with pytest.raises(TypeError, match="have dtypes .*; one for all is needed"):
+    with pytest.raises(TypeError, match=r"have dtypes .*; one for all is needed"):
         fastattn.linear_cross_entropy(input, weight.double(), target)
 
 
@@ -380,7 +389,7 @@ def test_transforms_are_refused_but_by_the_formula(device: torch.device) -> None
         return fastattn.linear_cross_entropy(input, weight, target, implementation=name)
 
     for name in (None, *FAST):
-        with pytest.raises(fastattn.NotSupported, match="within torch.func transforms"):
+        with pytest.raises(fastattn.NotSupported, match=r"within torch.func transforms"):
             torch.func.grad(lambda x, name=name: loss(x, name))(input)
     found = torch.func.grad(lambda x: loss(x, "reference"))(input)
     leaf = input.clone().requires_grad_()
@@ -392,7 +401,10 @@ def test_explain_shows_the_chunks(device: torch.device) -> None:
     call = fastattn.linear_cross_entropy, input, weight, target
     explanation = fastattn.explain(*call, memory_budget=4 * CLASSES * 4)
     assert explanation.implementation == "triton"
-    assert explanation.description == "chunks of 4 rows, their products by PyTorch, losses and dlogits by Triton kernels"
+    assert (
+        explanation.description
+        == "chunks of 4 rows, their products by PyTorch, losses and dlogits by Triton kernels"
+    )
     double = fastattn.explain(call[0], input.double(), weight.double(), target)
     assert double.implementation == "torch" and "float64 is not one of" in double.refusals["triton"]
 
@@ -400,14 +412,26 @@ def test_explain_shows_the_chunks(device: torch.device) -> None:
 INPUT, WEIGHT, TARGET = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
 BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "integers": ({"input": INPUT.long()}, TypeError, r"input has dtype=torch.int64; a floating-point"),
-    "weight-not-a-tensor": ({"linear_weight": 1}, TypeError, r"linear_weight must be a torch.Tensor, not int"),
+    "weight-not-a-tensor": (
+        {"linear_weight": 1},
+        TypeError,
+        r"linear_weight must be a torch.Tensor, not int",
+    ),
     "probabilities": ({"target": INPUT}, TypeError, r"target has dtype=torch.float32; class indices"),
-    "width": ({"linear_weight": WEIGHT.t()}, ValueError, r"\(2, 3, 4\) and linear_weight \(4, 5\); \(..., width\)"),
+    "width": (
+        {"linear_weight": WEIGHT.t()},
+        ValueError,
+        r"\(2, 3, 4\) and linear_weight \(4, 5\); \(..., width\)",
+    ),
     "target": ({"target": TARGET[0]}, ValueError, r"target has shape \(3,\); input's \(2, 3\) is needed"),
     "bias": ({"linear_bias": WEIGHT[0]}, ValueError, r"linear_bias has shape \(4,\); \(5,\) is needed"),
     "budget": ({"memory_budget": 0}, ValueError, r"memory_budget=0 must be at least 1 byte, or None"),
     "dtypes": ({"linear_weight": WEIGHT.half()}, TypeError, r"dtypes \(torch.float32, torch.float16, None\)"),
-    "device": ({"linear_weight": WEIGHT.to("meta")}, ValueError, r"linear_weight is on meta, but input is on"),
+    "device": (
+        {"linear_weight": WEIGHT.to("meta")},
+        ValueError,
+        r"linear_weight is on meta, but input is on",
+    ),
     "class": ({"target": TARGET + 5}, IndexError, r"target holds 5; it must be in \[0, 5\)"),
     "z-loss": ({"z_loss": -1.0}, ValueError, r"z_loss=-1.0 must be at least 0"),
 }
