@@ -251,6 +251,10 @@ def test_ignored_rows_are_not_read(device: torch.device) -> None:
     logits[1] = math.nan
     target = torch.tensor([3, -100, 5, 6, -100], device=device)
     losses, dlogits = run(logits, target, 0.1, 0.1, 3.0)
+    _, statistics, _ = cross_entropy_forward(
+        logits, target, -100, "none", 0.0, 0.0, None, torch.float32, False
+    )
+    assert (statistics[1, [1, 4]] == -math.inf).all()  # the logarithm of an empty sum
     assert losses.isfinite().all() and (losses[[1, 4]] == 0).all()
     assert dlogits.isfinite().all() and (dlogits[[1, 4]] == 0).all()
 
