@@ -20,7 +20,7 @@ from fastattn.kernels._loss_config import (
     row_strides,
     select_cross_entropy_forward_config,
 )
-from fastattn.kernels._math import _tanh
+from fastattn.kernels._math import _exact_tanh
 from fastattn.kernels.layer_norm_forward import _multiple_of
 
 # What one program adds up at a time; the sums of a loss are small beside its logits.
@@ -41,7 +41,7 @@ def _load_logits(row_ptrs, columns, inside, softcap):
     """A float32 tile of soft-capped logits, -inf outside; row_ptrs is (BLOCK_M, 1)."""
     x = tl.load(row_ptrs + columns[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     if softcap is not None:
-        x = tl.where(inside, _tanh(x / softcap) * softcap, float("-inf"))
+        x = tl.where(inside, _exact_tanh(x / softcap) * softcap, float("-inf"))
     return x
 
 
@@ -50,7 +50,7 @@ def _load_target(row_ptrs, target, known, softcap):
     """The soft-capped logit of each row's target (BLOCK_M, 1); NaN where the target is no class."""
     x = tl.load(row_ptrs + target[:, None], mask=known[:, None], other=float("nan")).to(tl.float32)
     if softcap is not None:
-        x = _tanh(x / softcap) * softcap
+        x = _exact_tanh(x / softcap) * softcap
     return x
 
 
