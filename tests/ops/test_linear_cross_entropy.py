@@ -227,6 +227,21 @@ def test_only_gradients_asked_for_are_made(
 
 
 @pytest.mark.parametrize("implementation", FAST)
+def test_what_the_mean_divides_by_is_not_rounded(implementation: str, device: torch.device) -> None:
+    """1 / 7 in bfloat16 would shift every gradient the same way."""
+    leaves, target = make_inputs("bf16", device)
+    mean, total = (
+        results(
+            fastattn.linear_cross_entropy, leaves, target, reduction=reduction, implementation=implementation
+        )["dinput"]
+        for reduction in ("mean", "sum")
+    )
+    kept = (target != -100).sum().float()
+    # `results` gives a scalar loss the gradient 0.5, which rounds nothing.
+    assert torch.equal(mean, (2 * total.float() * (0.5 / kept)).bfloat16())
+
+
+@pytest.mark.parametrize("implementation", FAST)
 def test_float16_gradients_neither_underflow_nor_overflow(implementation: str, device: torch.device) -> None:
     """1 / rows times a small probability would vanish in float16, and a sum over many rows be infinite."""
     rows = 200
