@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._loss_config import CrossEntropyConfig, select_cross_entropy_backward_config
+from fastattn.kernels._norm_tiles import _multiple_of
 from fastattn.kernels.cross_entropy_forward import (
     _coefficients,
     _row_offsets,
     _write_gradient,
     strides_of,
 )
-from fastattn.kernels.layer_norm_forward import _multiple_of
 
 
 @triton.jit(do_not_specialize=["ROWS", "INNER", "stride_outer", "ignore_index", "stride_dlogits_outer"])

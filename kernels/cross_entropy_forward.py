@@ -21,7 +21,7 @@ from fastattn.kernels._loss_config import (
     select_cross_entropy_forward_config,
 )
 from fastattn.kernels._math import _exact_tanh
-from fastattn.kernels.layer_norm_forward import _multiple_of
+from fastattn.kernels._norm_tiles import _multiple_of
 
 # What one program adds up at a time; the sums of a loss are small beside its logits.
 _REDUCE_BLOCK = 4096

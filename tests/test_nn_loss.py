@@ -30,7 +30,7 @@ def test_cross_entropy_loss_has_torchs_arguments_and_state() -> None:
     "options",
     [
         {},
-        {"weight": torch.rand(7)},
+        {"weight": torch.linspace(0.3, 1.0, 7)},
         {"ignore_index": 3},
         {"reduction": "sum", "label_smoothing": 0.2},
         {"reduction": "none"},
