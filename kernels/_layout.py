@@ -1,4 +1,4 @@
-"""Layouts on the host's side of the attention kernels."""
+"""Layouts on the host's side of the kernels."""
 
 from __future__ import annotations
 
@@ -60,3 +60,9 @@ def _has_rows(tensor: Tensor) -> bool:
 def block_d(head_dim: int) -> int:
     """Tile sides are powers of two, and a matrix instruction takes at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def halves(x: Tensor, second_first: bool) -> tuple[Tensor, Tensor]:
+    """Both halves of the last dimension, as views, in either order."""
+    first, second = x.chunk(2, dim=-1)
+    return (second, first) if second_first else (first, second)

@@ -6,11 +6,6 @@ import triton.language as tl
 # tl.constexpr, because a jit function may read no other globals.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-# sqrt(2 / pi) and the cubic coefficient of the tanh form (Hendrycks and Gimpel, 2016, section 2).
-_TANH_SCALE = tl.constexpr(0.7978845608028654)
-_TANH_CUBIC = tl.constexpr(0.044715)
 
 
 # In the interpreter a constexpr times a tensor is a constexpr: constants stand to the right of tensors.
@@ -19,36 +14,6 @@ _TANH_CUBIC = tl.constexpr(0.044715)
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
-
-
-@triton.jit
-def _gelu(x, TANH: tl.constexpr):
-    """GELU of a float32 tile: x * Phi(x), or its tanh form.
-
-    (1 + tanh(u)) / 2 is written as sigmoid(2 u): one exponential, and no cancellation where u is very
-    negative.
-    """
-    if TANH:
-        return x * _sigmoid((x + x * x * x * _TANH_CUBIC) * (2.0 * _TANH_SCALE))
-    else:
-        return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
-
-
-@triton.jit
-def _gelu_derivative(x, TANH: tl.constexpr):
-    """d gelu(x) / dx of a float32 tile."""
-    if TANH:
-        decay = tl.exp2((x + x * x * x * _TANH_CUBIC) * (-2.0 * _TANH_SCALE * LOG2_E))
-        probability = 1.0 / (1.0 + decay)
-        slope = (1.0 + x * x * (3.0 * _TANH_CUBIC)) * (2.0 * _TANH_SCALE)
-        # sigmoid'(2 u), where the slope magnifies what 1 - probability would lose near 1: zero where sigmoid has
-        # saturated, also when x * slope has overflowed.
-        tail = probability * tl.where(decay < 1.0, decay * probability, 1.0 - probability)
-        return probability + tl.where(tail == 0.0, 0.0, x * slope * tail)
-    else:
-        density = tl.exp2(-x * x * (0.5 * LOG2_E)) * _INV_SQRT_2PI
-        # Where the density is zero, x may be infinite.
-        return 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + tl.where(density == 0.0, 0.0, x * density)
 
 
 @triton.jit

@@ -1,10 +1,16 @@
-"""Launch configs of the elementwise kernels."""
+"""Launch configs of the activation kernels, and what their activations are called."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
 from fastattn.kernels._target import Target
+
+# What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
+GELU_FORMS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,64 @@ class GeluConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch config of an activation kernel over rows: its tile of rows and columns, and its warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """Launch config of a kernel whose programs each walk a share of the rows, in one tile of columns.
+
+    Attributes:
+        block_m, block_n, num_warps: as in `TileConfig`.
+        num_stages: tiles in flight.
+        programs: how many there are, of all column tiles together; it does not depend on the number of rows.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
 def select_gelu_config(target: Target) -> GeluConfig:
     """8 elements a thread: one 16-byte load in 16-bit types, two in float32."""
     return GeluConfig(block=1024, num_warps=2 if target.backend == "hip" else 4)
+
+
+def select_tile_config(width: int, target: Target) -> TileConfig:
+    """8 elements a thread, as for GELU, in rows of at most 256 columns.
+
+    A warp then reads 256 elements of a row at once, and a width that is no power of 2 wastes at most 255 lanes a row.
+    """
+    if target.backend == "interpreter":
+        return TileConfig(block_m=8, block_n=min(power_of_2(width), 64), num_warps=1)
+    block_n = min(power_of_2(width), 256)
+    return TileConfig(1024 // block_n, block_n, warps_of(4, target))
+
+
+def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: Target) -> WalkConfig:
+    """Tiles of 16 elements a thread, whose sums stay in registers; 8 programs of 4 warps a multiprocessor.
+
+    `alignment` is what is known to divide the width and the row strides, in elements. Narrow loads take a register for
+    each address, so that 8 elements a thread are enough.
+
+    Compiled and read, not measured.
+    """
+    if target.backend == "interpreter":
+        return WalkConfig(4, min(power_of_2(width), 32), num_warps=1, num_stages=1, programs=6)
+    # The next rows' loads are in flight while one is computed, where there are asynchronous copies.
+    num_stages = 1
+    if target.backend == "cuda" and int(target.arch) >= 80:
+        num_stages = 3 if target.shared_memory > 160_000 else 2
+    elements = 2048 if loads_are_wide(alignment, dtype) else 1024
+    block_n = min(power_of_2(width), 256)
+    return WalkConfig(
+        elements // block_n, block_n, warps_of(4, target), num_stages, programs=8 * target.multiprocessors
+    )

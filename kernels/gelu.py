@@ -8,29 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._math import _gelu, _gelu_derivative
-from fastattn.kernels._pointwise_config import select_gelu_config
+from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._pointwise_config import GELU_FORMS, select_gelu_config
 
 
 @triton.jit
-def _gelu_forward_kernel(x_ptr, y_ptr, SIZE, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_forward_kernel(x_ptr, y_ptr, SIZE, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """One program computes BLOCK neighbouring elements; grid (cdiv(SIZE, BLOCK),)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < SIZE - start  # (BLOCK,): the last program overruns
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + start + offsets, _gelu(x, TANH).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + start + offsets, _activate(x, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gelu_backward_kernel(dy_ptr, x_ptr, dx_ptr, SIZE, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_backward_kernel(dy_ptr, x_ptr, dx_ptr, SIZE, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """One program computes BLOCK neighbouring elements of dx = dy * gelu'(x); grid (cdiv(SIZE, BLOCK),)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < SIZE - start  # (BLOCK,): the last program overruns
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    dx = dy * _gelu_derivative(x, TANH)
+    dx = _through_activation(dy, x, ACTIVATION)
     tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -46,7 +46,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
             x_ptr=x,
             y_ptr=y,
             SIZE=x.numel(),
-            TANH=approximate == "tanh",
+            ACTIVATION=GELU_FORMS[approximate],
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
@@ -66,7 +66,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
             x_ptr=x,
             dx_ptr=dx,
             SIZE=x.numel(),
-            TANH=approximate == "tanh",
+            ACTIVATION=GELU_FORMS[approximate],
             BLOCK=config.block,
             num_warps=config.num_warps,
         )

@@ -1,0 +1,181 @@
+"""value * activation(gate) over rows, forward and backward: GEGLU, SwiGLU and ReGLU (Shazeer, 2020).
+
+Value and gate may be the halves of one tensor; the backward then writes the gradient of the whole in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels import _target
+from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._layout import halves
+from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile, as_rows
+from fastattn.kernels._pointwise_config import TileConfig, select_tile_config
+from fastattn.kernels.bias_activation import _tile_of
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _gated_forward_kernel(
+    value_ptr,
+    gate_ptr,
+    y_ptr,
+    stride_vm,
+    stride_gm,
+    ROWS,
+    WIDTH,
+    ACTIVATION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program computes a tile of y; grid (row tiles * column tiles,).
+
+    y is contiguous, value and gate have unit column strides.
+    """
+    WIDTH = _multiple_of(WIDTH, ALIGNMENT)
+    stride_vm, stride_gm = _multiple_of(stride_vm, ALIGNMENT), _multiple_of(stride_gm, ALIGNMENT)
+    rows, columns, inside = _tile_of(tl.program_id(0), ROWS, WIDTH, BLOCK_M, BLOCK_N)
+    value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)  # (BLOCK_M, BLOCK_N)
+    gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
+    _store_tile(y_ptr + rows[:, None] * WIDTH, value * _activate(gate, ACTIVATION), columns, inside)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _gated_backward_kernel(
+    dy_ptr,
+    value_ptr,
+    gate_ptr,
+    dvalue_ptr,
+    dgate_ptr,
+    stride_dym,
+    stride_vm,
+    stride_gm,
+    stride_dvm,
+    stride_dgm,
+    ROWS,
+    WIDTH,
+    ACTIVATION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program computes a tile of dvalue and dgate, where these are given; grid (row tiles * column tiles,).
+
+    All have unit column strides.
+    """
+    WIDTH, stride_dym = _multiple_of(WIDTH, ALIGNMENT), _multiple_of(stride_dym, ALIGNMENT)
+    stride_vm, stride_gm = _multiple_of(stride_vm, ALIGNMENT), _multiple_of(stride_gm, ALIGNMENT)
+    stride_dvm, stride_dgm = _multiple_of(stride_dvm, ALIGNMENT), _multiple_of(stride_dgm, ALIGNMENT)
+    rows, columns, inside = _tile_of(tl.program_id(0), ROWS, WIDTH, BLOCK_M, BLOCK_N)
+    dy = _load_tile(dy_ptr + rows[:, None] * stride_dym, columns, inside)  # (BLOCK_M, BLOCK_N)
+    gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
+    if dvalue_ptr is not None:
+        dvalue = dy * _activate(gate, ACTIVATION)
+        _store_tile(dvalue_ptr + rows[:, None] * stride_dvm, dvalue, columns, inside)
+    if dgate_ptr is not None:
+        value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)
+        dgate = _through_activation(dy * value, gate, ACTIVATION)
+        _store_tile(dgate_ptr + rows[:, None] * stride_dgm, dgate, columns, inside)
+
+
+def gated_forward(
+    value: Tensor, gate: Tensor, activation: str, *, config: TileConfig | None = None
+) -> Tensor:
+    """y = value * activation(gate), in value's dtype, contiguous.
+
+    Args:
+        value, gate: (..., width), any strides; rows at unequal distances are copied.
+        activation: a name of `fastattn.kernels._activation`.
+        config: replaces the selected launch config.
+    """
+    y = torch.empty_like(value, memory_format=torch.contiguous_format)
+    if y.numel() == 0:
+        return y
+    value, gate = _as_rows_of_width(value), _as_rows_of_width(gate)
+    rows, width = value.shape
+    if config is None:
+        config = select_tile_config(width, _target.target_of(value.device))
+    with _target.launching_on(value):
+        _gated_forward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+            value_ptr=value,
+            gate_ptr=gate,
+            y_ptr=y,
+            stride_vm=value.stride(0),
+            stride_gm=gate.stride(0),
+            ROWS=rows,
+            WIDTH=width,
+            ACTIVATION=activation,
+            ALIGNMENT=math.gcd(width, value.stride(0), gate.stride(0), 16),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+    return y
+
+
+def gated_backward(
+    dy: Tensor, value: Tensor, gate: Tensor, activation: str, need_dvalue: bool, need_dgate: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated_forward`'s y, contiguous; an empty tensor for one that is not asked for."""
+    dvalue, dgate = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in ((value, need_dvalue), (gate, need_dgate))
+    )
+    _launch_backward(
+        dy, value, gate, dvalue if need_dvalue else None, dgate if need_dgate else None, activation
+    )
+    return dvalue, dgate
+
+
+def gated_packed_backward(dy: Tensor, x: Tensor, activation: str, gate_first: bool) -> Tensor:
+    """The gradient of x (..., 2 * width), whose halves are value and gate, contiguous, in one pass."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    value, gate = halves(x, gate_first)
+    _launch_backward(dy, value, gate, *halves(dx, gate_first), activation)
+    return dx
+
+
+def _launch_backward(
+    dy: Tensor, value: Tensor, gate: Tensor, dvalue: Tensor | None, dgate: Tensor | None, activation: str
+) -> None:
+    """Fills dvalue and dgate, where given: views of contiguous tensors."""
+    if dy.numel() == 0 or (dvalue is None and dgate is None):
+        return
+    dy, value, gate = _as_rows_of_width(dy), _as_rows_of_width(value), _as_rows_of_width(gate)
+    rows, width = value.shape
+    # A gradient that is not asked for has no rows; any stride will do.
+    written = [dy if t is None else t.view(rows, width) for t in (dvalue, dgate)]
+    strides = [t.stride(0) for t in (dy, value, gate, *written)]
+    config = select_tile_config(width, _target.target_of(value.device))
+    with _target.launching_on(value):
+        _gated_backward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+            dy_ptr=dy,
+            value_ptr=value,
+            gate_ptr=gate,
+            dvalue_ptr=None if dvalue is None else written[0],
+            dgate_ptr=None if dgate is None else written[1],
+            stride_dym=strides[0],
+            stride_vm=strides[1],
+            stride_gm=strides[2],
+            stride_dvm=strides[3],
+            stride_dgm=strides[4],
+            ROWS=rows,
+            WIDTH=width,
+            ACTIVATION=activation,
+            ALIGNMENT=math.gcd(width, *strides, 16),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+
+
+def _as_rows_of_width(tensor: Tensor) -> Tensor:
+    """A (rows, width) matrix with unit column stride: a view where it can be one, or a copy."""
+    width = tensor.size(-1)
+    return as_rows(tensor, tensor.numel() // width, width)
