@@ -10,9 +10,12 @@ from fastattn import nn, reference
 from fastattn.dispatch import Explanation, NotSupported, debug_checks, explain, use_implementation
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
+from fastattn.ops.bias_gelu import bias_gelu
 from fastattn.ops.cross_entropy import cross_entropy
+from fastattn.ops.gated import geglu, reglu, swiglu
 from fastattn.ops.gelu import gelu
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.mlp import mlp
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rotary import rotary_embedding, rotary_embedding_qk, rotary_tables
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -27,21 +30,26 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_varlen",
+    "bias_gelu",
     "cross_entropy",
     "debug_checks",
     "explain",
     "flash_attn",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "mlp",
     "models",
     "nn",
     "reference",
+    "reglu",
     "rms_norm",
     "rotary_embedding",
     "rotary_embedding_qk",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "swiglu",
     "testing",
     "use_implementation",
 ]

@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
@@ -99,6 +101,93 @@ def test_gelu_matches(implementation: str | None, approximate: str, device: torc
     keywords = {"approximate": approximate, "implementation": implementation}
     module, peer = _pair(fastattn.nn.GELU, torch.nn.GELU, device, **keywords)
     _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 17, device=device))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_quick_gelu_is_a_module_too(implementation: str | None, device: torch.device) -> None:
+    module = fastattn.nn.GELU("quick", implementation=implementation)
+    assert repr(module) == "GELU(approximate='quick')"
+    x = make_tensor(3, 17, device=device)
+    assert_near(module(x), x * torch.sigmoid(1.702 * x))
+
+
+class _GatedPeer(torch.nn.Module):
+    """As diffusers' GEGLU, with any activation."""
+
+    def __init__(
+        self, activation: Callable[[Tensor], Tensor], dim_in: int, dim_out: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.proj = torch.nn.Linear(dim_in, 2 * dim_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * self.activation(gate)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(
+    ("ours", "activation"),
+    [
+        (fastattn.nn.GEGLU, F.gelu),
+        (partial(fastattn.nn.GEGLU, approximate="tanh"), partial(F.gelu, approximate="tanh")),
+        (fastattn.nn.SwiGLU, F.silu),
+        (fastattn.nn.ReGLU, F.relu),
+    ],
+    ids=["geglu", "geglu-tanh", "swiglu", "reglu"],
+)
+def test_gated_linear_matches(
+    ours: Any, activation: Any, bias: bool, implementation: str | None, device: torch.device
+) -> None:
+    module, peer = _pair(
+        ours, partial(_GatedPeer, activation), device, 6, 9, bias=bias, implementation=implementation
+    )
+    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 6, device=device))
+
+
+class _MlpPeer(torch.nn.Module):
+    def __init__(self, width: int, hidden: int, out: int | None = None, bias: bool = True) -> None:
+        super().__init__()
+        self.expand = torch.nn.Linear(width, hidden, bias=bias)
+        self.contract = torch.nn.Linear(hidden, width if out is None else out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("sizes", [(6, 10), (6, 10, 7)], ids=str)
+def test_mlp_matches(
+    sizes: tuple[int, ...], bias: bool, implementation: str | None, device: torch.device
+) -> None:
+    module, peer = _pair(fastattn.nn.MLP, _MlpPeer, device, *sizes, bias=bias, implementation=implementation)
+    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 6, device=device))
+
+
+def test_mlp_has_the_initial_values_of_linear_layers_and_the_models_names() -> None:
+    torch.manual_seed(0)
+    module = fastattn.nn.MLP(6, 10, activation="relu", save="input")
+    torch.manual_seed(0)
+    peer = _MlpPeer(6, 10)
+    for (name, ours), (peer_name, theirs) in zip(
+        module.named_parameters(), peer.named_parameters(), strict=True
+    ):
+        assert name == peer_name and torch.equal(ours, theirs)
+    assert "activation='relu', save='input'" in repr(module)
+    config = fastattn.models.TransformerConfig(vocab_size=8, max_length=4, d_model=6, n_layers=1, n_heads=2)
+    block = fastattn.models.blocks.MLP(config)
+    fastattn.nn.MLP(6, config.d_mlp).load_state_dict(block.state_dict())
+
+
+def test_mlp_saves_what_it_is_told(device: torch.device) -> None:
+    module = fastattn.nn.MLP(6, 10, save="input").to(device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        module(make_tensor(4, 6, device=device))
+    assert (4, 10) not in kept
 
 
 def _attention_pair(device: torch.device, **keywords: Any) -> tuple[Any, Any]:

@@ -84,8 +84,14 @@ def test_scaled_dot_product_attention_matches_pytorch() -> None:
 def test_every_registered_operator_is_known() -> None:
     """A new one is given to torch.library.opcheck, as these are in tests/ops, before its name is here."""
     both_ways = {"attention", "attention_blockwise", "cross_entropy", "gelu", "linear_cross_entropy", "norm"}
+    both_ways |= {"bias_activation", "gated", "linear_activation"}
     known = {f"{name}_{way}" for name in both_ways for way in ("forward", "backward")}
-    known |= {"cross_entropy_backward_", "rotary_embedding", "rotary_embedding_in_place"}
+    known |= {
+        "cross_entropy_backward_",
+        "gated_packed_backward",
+        "rotary_embedding",
+        "rotary_embedding_in_place",
+    }
     found = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
     assert found == {f"fastattn::{name}" for name in known}
 

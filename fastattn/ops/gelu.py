@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu as torch_gelu  # bound here: F.gelu may be replaced by ours
 
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation, refuse_triton
+from fastattn.ops._activations import check_approximate, torch_gelu
 from fastattn.ops._autograd import differentiable_gradients, needs_graph
 from fastattn.ops._check import check_floating
 from fastattn.ops._register import register
@@ -40,9 +40,7 @@ class GeluFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (
-                *differentiable_gradients(
-                    lambda x: torch_gelu(x, approximate=ctx.approximate), (x,), (True,), dy
-                ),
+                *differentiable_gradients(lambda x: torch_gelu(x, ctx.approximate), (x,), (True,), dy),
                 None,
             )
         return _backward(dy, x, ctx.approximate), None
@@ -50,8 +48,7 @@ class GeluFunction(torch.autograd.Function):
 
 def _check(x: Tensor, approximate: str) -> None:
     check_floating(x=x)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate={approximate!r} must be 'none' or 'tanh'")
+    check_approximate(approximate)
 
 
 def _refuse_triton(x: Tensor, approximate: str) -> str | None:
@@ -86,9 +83,11 @@ _GELU = Operation(
         ),
         Implementation(
             "torch",
-            run=lambda x, approximate: torch_gelu(x, approximate=approximate),
+            run=torch_gelu,
             refuse=lambda x, approximate: None,
-            describe=lambda x, approximate: "torch.nn.functional.gelu",
+            describe=lambda x, approximate: (
+                "x * torch.sigmoid(1.702 * x)" if approximate == "quick" else "torch.nn.functional.gelu"
+            ),
         ),
         Implementation(
             "reference",
@@ -103,16 +102,17 @@ _GELU = Operation(
 
 @_GELU.public
 def gelu(x: Tensor, approximate: str = "none", *, implementation: str | None = None) -> Tensor:
-    r"""Gaussian error linear unit, as `torch.nn.functional.gelu`.
+    r"""Gaussian error linear unit, as `torch.nn.functional.gelu`, and its quick form.
 
     .. math::
         \text{none:}\quad y = \frac{x}{2} \left(1 + \operatorname{erf}(x / \sqrt 2)\right) \qquad
         \text{tanh:}\quad y = \frac{x}{2}
-        \left(1 + \tanh\left(\sqrt{2 / \pi}\,(x + 0.044715\,x^3)\right)\right)
+        \left(1 + \tanh\left(\sqrt{2 / \pi}\,(x + 0.044715\,x^3)\right)\right) \qquad
+        \text{quick:}\quad y = x\,\sigma(1.702\,x)
 
     Args:
         x: any shape and strides; float16, bfloat16 or float32 for Triton, any floating dtype otherwise.
-        approximate: "none" or "tanh".
+        approximate: "none", "tanh" or "quick", which PyTorch's function has not (OpenAI's CLIP uses it).
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
     Returns:

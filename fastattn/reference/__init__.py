@@ -4,7 +4,7 @@ Every function works in the dtype of its inputs: given float64 inputs it is the 
 is what a plain PyTorch program computes.
 """
 
-from fastattn.reference.activation import gelu
+from fastattn.reference.activation import bias_gelu, geglu, gelu, mlp, reglu, swiglu
 from fastattn.reference.attention import (
     attention,
     attention_varlen,
@@ -19,14 +19,19 @@ from fastattn.reference.rotary import rotary_embedding
 __all__ = [
     "attention",
     "attention_varlen",
+    "bias_gelu",
     "causal_mask",
     "cross_entropy",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "mlp",
+    "reglu",
     "residual_sum",
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "swiglu",
     "window_mask",
 ]
