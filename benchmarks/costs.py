@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from benchmarks.cases import (
     AddLayerNormCase,
     AttentionCase,
+    BiasGeluCase,
     BlockCase,
+    GegluCase,
     GeluCase,
     GptCase,
     LayerNormCase,
@@ -159,6 +161,29 @@ def gelu_backward(case: GeluCase) -> Cost:
     return Cost((11 if case.approximate == "none" else 18) * elements, 3 * elements * case.dtype.itemsize)
 
 
+def bias_gelu_forward(case: BiasGeluCase) -> Cost:
+    """GELU's operations and an addition an element; x, the bias and y."""
+    return gelu_forward(case) + Cost(case.rows * case.width, case.width * case.dtype.itemsize)
+
+
+def bias_gelu_backward(case: BiasGeluCase) -> Cost:
+    """GELU's operations, the addition again and one for the sum an element. Reads x, dy, the bias; writes dx, dbias."""
+    return gelu_backward(case) + Cost(2 * case.rows * case.width, 2 * case.width * case.dtype.itemsize)
+
+
+def geglu_forward(case: GegluCase) -> Cost:
+    """GELU's operations and a product an element; value, gate and y."""
+    elements = case.rows * case.width
+    return gelu_forward(case) + Cost(elements, elements * case.dtype.itemsize)
+
+
+def geglu_backward(case: GegluCase) -> Cost:
+    """GELU's forward and backward and two products an element. Reads dy, value and gate; writes both gradients."""
+    elements = case.rows * case.width
+    flops = gelu_forward(case).flops + gelu_backward(case).flops + 2 * elements
+    return Cost(flops, 5 * elements * case.dtype.itemsize)
+
+
 def mlp_forward(case: MlpCase) -> Cost:
     """Two matrix products; bytes of x, the parameters and y, as if the hidden values stayed on the chip."""
     products = 2 * case.rows * case.width * case.hidden
@@ -245,6 +270,8 @@ _NORMS = {
 }
 _FORWARD_AND_BACKWARD = {
     "gelu": (gelu_forward, gelu_backward),
+    "bias_gelu": (bias_gelu_forward, bias_gelu_backward),
+    "geglu": (geglu_forward, geglu_backward),
     "mlp": (mlp_forward, mlp_backward),
     "loss": (loss_forward, loss_backward),
     "linear_loss": (linear_loss_forward, linear_loss_backward),

@@ -13,7 +13,9 @@ import torch
 from benchmarks.cases import (
     AddLayerNormCase,
     AttentionCase,
+    BiasGeluCase,
     BlockCase,
+    GegluCase,
     GeluCase,
     GptCase,
     LayerNormCase,
@@ -125,6 +127,8 @@ SUITES = {
                 GeluCase(1024, 4096),
                 GeluCase(1024, 4096, "tanh"),
                 MlpCase(512, 256, 1024),
+                BiasGeluCase(1024, 1024),
+                GegluCase(1024, 1024),
             ),
             gpu=(
                 GeluCase(16384, 16384, dtype=_BF16),
@@ -132,6 +136,10 @@ SUITES = {
                 GeluCase(16384, 3072, dtype=_BF16),
                 GeluCase(16384, 16384, "tanh", dtype=_BF16),
                 MlpCase(16384, 768, 3072, "none", dtype=_BF16),
+                BiasGeluCase(16384, 3072, dtype=_BF16),
+                GegluCase(16384, 11008, dtype=_BF16),
+                MlpCase(16384, 1024, 4096, "none", dtype=_BF16),
+                MlpCase(16384, 2048, 8192, "none", dtype=_BF16),
             ),
         ),
         Suite(

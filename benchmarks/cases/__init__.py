@@ -7,7 +7,7 @@ values in the same layout. benchmarks/suites.py says which cases are measured.
 from benchmarks.cases.attention import AttentionCase
 from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
 from benchmarks.cases.loss import LinearLossCase, LossCase
-from benchmarks.cases.mlp import GeluCase, MlpCase
+from benchmarks.cases.mlp import BiasGeluCase, GegluCase, GeluCase, MlpCase
 from benchmarks.cases.model import BlockCase, GptCase, call_block
 from benchmarks.cases.norm import AddLayerNormCase, LayerNormCase, RMSNormCase
 from benchmarks.cases.rotary import RotaryCase
@@ -17,6 +17,8 @@ OpCase = (
     | LayerNormCase
     | AddLayerNormCase
     | GeluCase
+    | BiasGeluCase
+    | GegluCase
     | MlpCase
     | LossCase
     | LinearLossCase
@@ -29,8 +31,10 @@ __all__ = [
     "DTYPE_NAMES",
     "AddLayerNormCase",
     "AttentionCase",
+    "BiasGeluCase",
     "BlockCase",
     "Case",
+    "GegluCase",
     "GeluCase",
     "GptCase",
     "LayerNormCase",

@@ -41,6 +41,35 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class BiasGeluCase(GeluCase):
+    """GELU of x (rows, width) plus a bias (width,)."""
+
+    operation: ClassVar[str] = "bias_gelu"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        bias = draw(self.width, dtype=self.dtype, device=device, requires_grad=True, seed=1)
+        return (*super().inputs(device), bias)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        x, bias = tensors
+        return reference.bias_gelu(x, bias, self.approximate)
+
+
+@dataclass(frozen=True)
+class GegluCase(GeluCase):
+    """value * gelu(gate) of x (rows, 2 * width), value first."""
+
+    operation: ClassVar[str] = "geglu"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        return (draw(self.rows, 2 * self.width, dtype=self.dtype, device=device, requires_grad=True),)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        (x,) = tensors
+        return reference.geglu(x, None, self.approximate)
+
+
+@dataclass(frozen=True)
 class MlpCase:
     """gelu(x W1^T + b1) W2^T + b2 of x (rows, width), with W1 (hidden, width)."""
 

@@ -105,7 +105,8 @@ def work_of(launch: Launch) -> Work:
     Every tensor is read or written once. A kernel without a formula of its own has only the bytes.
     """
     tensors = tensors_of(launch.arguments)
-    nbytes = sum(t.untyped_storage().nbytes() for t in tensors)
+    # Of a view its own elements, of what is broadcast those that there are.
+    nbytes = sum(min(t.untyped_storage().nbytes(), t.numel() * t.itemsize) for t in tensors)
     float32 = bool(tensors) and tensors[0].dtype == torch.float32
     flops = special = 0
     arguments = launch.arguments
@@ -113,7 +114,10 @@ def work_of(launch: Launch) -> Work:
         pairs = prod(_pairs(arguments))
         flops = 2 * _products(launch) * pairs * arguments["HEAD_DIM"]
         special = pairs
-    elif launch.name.startswith("gelu"):
+    elif launch.name == "linear_activation":
+        special = arguments["ROWS"] * arguments["COLUMNS"]
+        flops = 2 * special * arguments["DEPTH"]
+    elif launch.name.startswith(("gelu", "bias_activation", "gated")):
         special = tensors[0].numel()
     return Work(flops, special, nbytes, float32)
 

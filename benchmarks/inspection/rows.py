@@ -11,9 +11,12 @@ import torch
 from benchmarks.cases import (
     AddLayerNormCase,
     AttentionCase,
+    BiasGeluCase,
+    GegluCase,
     GeluCase,
     LayerNormCase,
     LossCase,
+    MlpCase,
     OpCase,
     RMSNormCase,
     RotaryCase,
@@ -21,6 +24,8 @@ from benchmarks.cases import (
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import read_machine_code
+from fastattn.kernels._layout import halves
+from fastattn.kernels._pointwise_config import GELU_FORMS
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.ops._attention_call import Features, options_of
 
@@ -84,6 +89,9 @@ def shipped_cases() -> list[OpCase]:
                 AddLayerNormCase(8192, 4096, dtype, torch.float32, 0.1),
             ]
         cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
+        cases.append(BiasGeluCase(8192, 4096, dtype=dtype))
+        if narrow:
+            cases += [GegluCase(8192, 4096, dtype=dtype), MlpCase(8192, 768, 3072, "none", dtype)]
     # Padded and odd vocabularies, and few classes.
     cases += [LossCase(8192, vocabulary, torch.bfloat16) for vocabulary in (50_304, 50_257, 10)]
     return cases
@@ -154,6 +162,33 @@ def _launch_gelu(case: GeluCase) -> None:
     gelu_backward(gelu_forward(x, case.approximate), x, case.approximate)
 
 
+def _launch_bias_gelu(case: BiasGeluCase) -> None:
+    from fastattn.kernels.bias_activation import bias_activation_backward, bias_activation_forward
+
+    x = case.inputs("meta")[0].detach()
+    bias = torch.empty(case.width, device="meta")  # float32, as in mixed precision
+    y = bias_activation_forward(x, bias, GELU_FORMS[case.approximate])
+    bias_activation_backward(y, x, bias, GELU_FORMS[case.approximate], True, bias.dtype, False)
+
+
+def _launch_geglu(case: GegluCase) -> None:
+    from fastattn.kernels.gated import gated_forward, gated_packed_backward
+
+    x = case.inputs("meta")[0].detach()
+    y = gated_forward(*halves(x, False), GELU_FORMS[case.approximate])
+    gated_packed_backward(y, x, GELU_FORMS[case.approximate], False)
+
+
+def _launch_mlp(case: MlpCase) -> None:
+    """The fused path with save="pre_activation", whose backward writes the most."""
+    from fastattn.kernels.linear_activation import linear_activation_backward, linear_activation_forward
+
+    x, w1, b1, w2, _ = (t.detach() for t in case.inputs("meta"))
+    activation = GELU_FORMS[case.approximate]
+    pre, _ = linear_activation_forward(x, w1, b1, activation, True, True)
+    linear_activation_backward(torch.empty_like(x), w2, pre, activation, b1.dtype, True)
+
+
 def _launch_rotary(case: RotaryCase) -> None:
     from fastattn.kernels.rotary import rotary_embedding
 
@@ -181,6 +216,9 @@ _LAUNCH: dict[str, Callable[[Any], None]] = {
     "rms_norm": _launch_norm,
     "add_layer_norm": _launch_norm,
     "gelu": _launch_gelu,
+    "bias_gelu": _launch_bias_gelu,
+    "geglu": _launch_geglu,
+    "mlp": _launch_mlp,
     "rotary": _launch_rotary,
     "loss": _launch_loss,
 }

@@ -22,6 +22,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "rms_norm",
         "add_layer_norm",
         "gelu",
+        "bias_gelu",
+        "geglu",
         "mlp",
         "loss",
         "linear_loss",

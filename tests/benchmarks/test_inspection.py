@@ -134,6 +134,29 @@ def test_work_follows_the_formulas(compiled):
     assert works["attention_delta"][:2] == (0, 0)
 
 
+def test_work_of_an_mlp_is_its_two_products_and_packed_halves_are_counted_once(compiled):
+    """Views of one packed tensor were each counted as the whole of it."""
+    script = (
+        "import torch\n"
+        "from benchmarks.inspection import launches_of\n"
+        "from benchmarks.inspection.bounds import work_of\n"
+        "from benchmarks.cases import GegluCase, MlpCase\n"
+        "for case in (MlpCase(32, 64, 128, dtype=torch.bfloat16), GegluCase(32, 64, dtype=torch.bfloat16)):\n"
+        "    for launch in launches_of(case, 'sm_90'):\n"
+        "        print(work_of(launch).flops, work_of(launch).special, work_of(launch).bytes)\n"
+    )
+    done = compiled(script)
+    forward, backward, _, gated, gated_backward = (
+        tuple(map(int, row.split())) for row in done.stdout.splitlines()
+    )
+    x, weight, hidden = 32 * 64 * 2, 64 * 128 * 2, 32 * 128 * 2
+    product = 2 * 32 * 64 * 128
+    assert forward == (product, 32 * 128, x + weight + 128 * 2 + 2 * hidden)
+    # One row tile: its column sums are 128 numbers in float32.
+    assert backward == (product, 32 * 128, x + weight + 3 * hidden + 128 * 4)
+    assert gated == (0, 32 * 64, 3 * x) and gated_backward == (0, 32 * 64, 5 * x)
+
+
 KERNEL = """
 import triton
 import triton.language as tl
@@ -391,4 +414,5 @@ def test_failures_of_a_shipped_kernel():
 
 def test_every_operation_is_among_the_shipped_cases():
     operations = {case.operation for case in shipped_cases()}
-    assert operations == {"attention", "layer_norm", "rms_norm", "add_layer_norm", "gelu", "rotary", "loss"}
+    norms = {"layer_norm", "rms_norm", "add_layer_norm"}
+    assert operations == {"attention", *norms, "gelu", "bias_gelu", "geglu", "mlp", "rotary", "loss"}

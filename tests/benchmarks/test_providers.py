@@ -9,7 +9,9 @@ from benchmarks import cases
 from benchmarks.cases import (
     AddLayerNormCase,
     AttentionCase,
+    BiasGeluCase,
     BlockCase,
+    GegluCase,
     GeluCase,
     LayerNormCase,
     LinearLossCase,
@@ -34,6 +36,8 @@ CASES = (
     AddLayerNormCase(5, 33),
     GeluCase(3, 17),
     GeluCase(3, 17, "tanh"),
+    BiasGeluCase(5, 17),
+    GegluCase(3, 17),
     MlpCase(5, 8, 12),
     LossCase(21, 13),
     LinearLossCase(21, 8, 13),
@@ -41,7 +45,10 @@ CASES = (
     RotaryCase(2, 3, 9, 16),
     RotaryCase(1, 2, 5, 6, interleaved=True),
 )
-GPU_ONLY = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "fastattn-triton", "flex-compile")
+GPU_ONLY = (
+    *("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "flex-compile"),
+    *("fastattn-triton", "fastattn-fused", "fastattn-separate"),
+)
 # Packages that are not installed here, and what is not written yet.
 ABSENT = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
 PAIRS = [(case, name) for case in CASES for name in PROVIDERS[case.operation]]

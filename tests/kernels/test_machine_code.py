@@ -47,6 +47,9 @@ def test_every_kernel_is_compiled(inspected: Any) -> None:
     assert {"attention_forward", "attention_delta", "attention_dq", "attention_dk_dv"} <= kernels
     assert {"norm_forward", "norm_backward", "norm_row_means", "sum_partials"} <= kernels
     assert {"gelu_forward", "gelu_backward", "rotary"} <= kernels
+    assert {"gated_forward", "gated_backward"} <= kernels
+    assert {"bias_activation_forward", "bias_activation_backward"} <= kernels
+    assert {"linear_activation", "linear_activation#2"} <= kernels
     assert not [row for row in rows if row["error"] or row["registers"] == 0 or row["programs"] == 0]
 
 
@@ -54,6 +57,7 @@ def test_16_bit_products_run_on_tensor_cores(inspected: Any) -> None:
     """Hopper's own instruction on sm_90: HMMA there is the slow path."""
     _, rows = inspected
     kernels = ("attention_forward", "attention_dq", "attention_dk_dv", "attention_dk_dv#2")
+    kernels += ("linear_activation", "linear_activation#2")
     products = [row for row in rows if row["kernel"] in kernels and "bf16" in row["case"]]
     kinds = {kind for row in products for kind in row["tensor_cores"]}
     assert kinds == {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "gfx942": {"MFMA"}}[rows[0]["arch"]]
