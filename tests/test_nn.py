@@ -392,11 +392,7 @@ def test_state_dicts_go_both_ways() -> None:
         module.load_state_dict(peer.state_dict())
 
 
-# torch.nn.LinearCrossEntropyLoss, new in 2.13, holds a weight; ours is given one.
-@pytest.mark.parametrize(
-    "name",
-    [name for name in fastattn.nn.__all__ if hasattr(torch.nn, name) and name != "LinearCrossEntropyLoss"],
-)
+@pytest.mark.parametrize("name", [name for name in fastattn.nn.__all__ if hasattr(torch.nn, name)])
 def test_arguments_are_torch_nns(name: str) -> None:
     """batch_first was True by default: a drop-in that read the batch as the sequence."""
     ours, theirs = (inspect.signature(getattr(nn, name)).parameters for nn in (fastattn.nn, torch.nn))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastattn.dispatch import NotSupported
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -46,36 +49,61 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
-    """`fastattn.linear_cross_entropy` with its options; weight and bias belong to whoever calls it."""
+    """`torch.nn.LinearCrossEntropyLoss` (new in PyTorch 2.13) by `fastattn.linear_cross_entropy`, in any PyTorch.
+
+    The head is its child `linear`, with torch.nn's names and initial values; for a tied one assign
+    `loss.linear.weight = embedding.weight`.
+
+    Args:
+        in_features, num_classes, bias, device, dtype, reduction, label_smoothing: as torch.nn's.
+        ignore_index: as torch.nn's; None is -100.
+        out_features, weight, options: accepted only at their defaults; `memory_budget` says how large chunks are.
+        z_loss, softcap, memory_budget, implementation: as `fastattn.linear_cross_entropy`'s.
+
+    Raises:
+        NotSupported: `out_features`, `weight` or `options` is given.
+    """
 
     def __init__(
         self,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        in_features: int,
+        num_classes: int,
         *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
         z_loss: float = 0.0,
         softcap: float | None = None,
         memory_budget: int | None = None,
         implementation: str | None = None,
     ) -> None:
+        for name, asked in (("out_features", out_features), ("weight", weight), ("options", options)):
+            if asked is not None and asked != ():
+                raise NotSupported(f"{name} is not supported by fastattn.linear_cross_entropy")
         super().__init__()
-        self.ignore_index = ignore_index
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.reduction = reduction
+        self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.softcap = softcap
         self.memory_budget = memory_budget
         self.implementation = implementation
 
-    def forward(self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The loss of (..., width) by a weight (classes, width), a target (...) and a bias (classes,) or None."""
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of (..., in_features) against (...) class indices."""
         return linear_cross_entropy(
             input,
-            weight,
+            self.linear.weight,
             target,
-            linear_bias=bias,
-            ignore_index=self.ignore_index,
+            linear_bias=self.linear.bias,
+            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
