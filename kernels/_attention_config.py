@@ -137,7 +137,7 @@ _ATTENTION_HEAVY: dict[tuple[str, int, int], AttentionConfig] = {
     ("ampere", 16, 64): AttentionConfig(
         AttentionTiles(128, 32, 8, 2),
         AttentionTiles(128, 32, 8, 2),
-        AttentionTiles(32, 32, 4, 2),
+        AttentionTiles(32, 32, 4, 1),
         dbias=AttentionTiles(64, 32, 8, 1),
     ),
     ("ampere", 16, 128): AttentionConfig(
@@ -190,6 +190,16 @@ _ATTENTION_WIDEST = {
 }
 
 
+# With one or two of a window, a soft cap and ALiBi: where there is none, the tiles of "heavy", as the plain ones leave
+# no register free.
+_ATTENTION_LIGHT = {
+    ("hopper", 16, 64): replace(_ATTENTION["hopper", 16, 64], dk_dv=AttentionTiles(32, 128, 8, 2)),
+    ("hopper", 16, 128): _ATTENTION["hopper", 16, 128],
+    ("ampere", 16, 64): replace(_ATTENTION["ampere", 16, 64], dk_dv=AttentionTiles(32, 32, 4, 2)),
+    ("small", 16, 64): replace(_ATTENTION["small", 16, 64], dk_dv=AttentionTiles(16, 64, 4, 1)),
+}
+
+
 def select_attention_config(
     head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
 ) -> AttentionConfig:
@@ -209,13 +219,8 @@ def select_attention_config(
     heavy = _ATTENTION_HEAVY[key]
     if load == "plane":
         return _ATTENTION_PLANE.get(key, heavy)
-    # Elsewhere the plain tiles leave no register free, and in dk and dv at 64 they do not either.
-    if load in ("light", "thin") and key == ("hopper", 16, 64):
-        return replace(_ATTENTION[key], dk_dv=_ATTENTION_PLANE[key].dk_dv)
-    if load in ("light", "thin") and key == ("hopper", 16, 128):
-        return _ATTENTION[key]
-    if load == "light" and key[2] == 64:
-        return replace(_ATTENTION[key], dk_dv=heavy.dk_dv, separate_dk_dv=heavy.separate_dk_dv)
+    if load == "light" or (load == "thin" and family == "hopper"):
+        return _ATTENTION_LIGHT.get(key, heavy)
     return heavy
 
 
