@@ -256,7 +256,6 @@ def cross_entropy_forward(
     losses = logits.new_empty(shape, dtype=loss_dtype if reduction == "none" else torch.float32)
     statistics = logits.new_empty((2, *shape), dtype=torch.float32)
     kept = logits.new_zeros((), dtype=torch.float32)
-    target = target.contiguous()
     _launch_forward(
         logits, target, None, losses, statistics, ignore_index, label_smoothing, z_loss, softcap,
         all_rows=all_rows, writes_gradient=False, config=config,
@@ -328,8 +327,9 @@ def _launch_forward(
     with _target.launching_on(logits):
         _cross_entropy_forward_kernel[(triton.cdiv(rows, config.block_m),)](
             logits_ptr=logits,
-            target_ptr=target,
-            scale_ptr=scale,
+            # The kernel reads them side by side; a column of a batch of tokens is not.
+            target_ptr=target.contiguous(),
+            scale_ptr=None if scale is None else scale.contiguous(),
             loss_ptr=losses,
             statistics_ptr=statistics,
             stride_outer=strides.outer_stride,

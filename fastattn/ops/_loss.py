@@ -29,12 +29,14 @@ class LossOptions(NamedTuple):
 
 
 def check_options(options: LossOptions) -> None:
-    """Raises ValueError for a value out of range."""
-    _, reduction, label_smoothing, z_loss, softcap = options
+    """Raises ValueError for a value out of range, TypeError for an ignore_index that is no number."""
+    ignore_index, reduction, label_smoothing, z_loss, softcap = options
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"reduction={reduction!r} is not a valid value for reduction; there are {_REDUCTIONS}"
         )
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index={ignore_index!r} must be an int")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be between 0.0 and 1.0")
     if not 0.0 <= z_loss < math.inf:

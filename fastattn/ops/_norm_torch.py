@@ -47,6 +47,9 @@ def normalize(
     if zero_centered and weight is not None:
         weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
     dtype = x.dtype
+    if rms and eps is None:
+        # PyTorch takes that of the dtype it is given, which beside a float64 weight would be another.
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     weight_dtype = dtype if weight is None else weight.dtype
     bias_dtype = dtype if bias is None else bias.dtype
     alike = out_dtype == dtype == weight_dtype == bias_dtype

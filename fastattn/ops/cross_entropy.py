@@ -202,6 +202,11 @@ def _check(
 def _check_in_place(input: Tensor) -> None:
     if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace=True would write the gradient over input, a leaf that requires one")
+    base = input._base
+    if base is not None and base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "inplace=True would write the gradient over a leaf that requires one: input is a view of it"
+        )
     if overlaps(input):
         raise ValueError(f"inplace=True: elements of input overlap, with strides {input.stride()}")
 

@@ -334,10 +334,12 @@ def linear_cross_entropy(
 
     Notes:
         Beside a chunk, memory holds the gradients: dinput in input's dtype, those of the parameters in float32 (their
-        sums over chunks are made in that), from the forward on; the backward multiplies them by the incoming gradient
-        into new memory, so that it may run again. With "none" each row has its own incoming gradient, and the
-        backward computes every chunk again. Only gradients that are asked for are made, and without any only the
-        loss. Under autocast the products are in its dtype, loss and sums in float32. Nothing waits for the device.
+        sums over chunks are made in that), from the forward on; the first backward multiplies them by the incoming
+        gradient where they are and gives them away, and a second one computes every chunk again, as one behind
+        `torch.utils.checkpoint` does: the loss needs none, being in chunks already. With "none" each row has its own
+        incoming gradient, and the backward computes every chunk again. Only gradients that are asked for are made,
+        and without any only the loss. Under autocast the products are in its dtype, loss and sums in float32. Nothing
+        waits for the device.
         Deterministic where PyTorch's matrix products are.
 
     Source:

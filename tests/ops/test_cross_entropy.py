@@ -209,6 +209,8 @@ def test_in_place_refuses_what_would_be_wrong(device: torch.device) -> None:
     leaf, target = make_tensor(5, 7, device=device).requires_grad_(), make_target(5, classes=7, device=device)
     with pytest.raises(ValueError, match="over input, a leaf that requires one"):
         fastattn.cross_entropy(leaf, target, inplace=True)
+    with pytest.raises(ValueError, match="over a leaf that requires one: input is a view of it"):
+        fastattn.cross_entropy(leaf.view(5, 7), target, inplace=True)
     with pytest.raises(ValueError, match=r"elements of input overlap, with strides \(0, 1\)"):
         fastattn.cross_entropy((2 * leaf)[:1].expand(5, 7), target, inplace=True)
     logits = 2 * leaf

@@ -104,6 +104,25 @@ def test_chunks_change_nothing(budget: int | None, implementation: str, device: 
     torch.testing.assert_close(found, results(formula, leaves, target))
 
 
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_targets_and_gradients_that_lie_apart(
+    reduction: str, implementation: str, device: torch.device
+) -> None:
+    """The kernel reads a row's target and incoming gradient side by side: a column of labels gave its neighbours'."""
+    labels = torch.randint(0, 9, (12, 2), generator=torch.Generator().manual_seed(0)).to(device)
+    x, weight = make_tensor(12, 16, device=device), make_tensor(9, 16, device=device, seed=1)
+    for target in (labels[:, 0], labels[0, :1].expand(12)):
+        found = []
+        for given in (target, target.clone().contiguous()):
+            leaves = [t.clone().requires_grad_() for t in (x, weight)]
+            options = dict(reduction=reduction, implementation=implementation)
+            loss = fastattn.linear_cross_entropy(*leaves, given, **options)
+            loss.sum().backward()  # with "none" each row's incoming gradient is the same element
+            found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_chunk_rows() -> None:
     """Without a budget a quarter of input and weight, but `least` rows; with one at least a row; even chunks."""
 

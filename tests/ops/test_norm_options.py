@@ -280,6 +280,18 @@ def test_bad_input_names_the_value(change: dict[str, Any], error: type[Exception
         fastattn.rms_norm(**{"x": torch.randn(2, 4), "normalized_shape": 4} | change)
 
 
+@pytest.mark.parametrize(
+    "options",
+    ({"weight": torch.ones(16).double()}, {"out_dtype": torch.float64}),
+    ids=["weight", "out_dtype"],
+)
+def test_a_wide_parameter_leaves_rms_norms_eps_alone(options: dict[str, Any]) -> None:
+    """Beside a float64 weight the epsilon was float64's: four times too large where x is as small as its root."""
+    x = 1e-4 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.rms_norm(x, (16,))
+    torch.testing.assert_close(fastattn.rms_norm(x, 16, **options).float(), expected)
+
+
 def test_layer_norm_needs_an_eps() -> None:
     with pytest.raises(TypeError, match="eps must be a float, not NoneType"):
         fastattn.layer_norm(torch.randn(2, 4), 4, eps=None)  # type: ignore[arg-type]
