@@ -177,9 +177,6 @@ def test_mlp_has_the_initial_values_of_linear_layers_and_the_models_names() -> N
     ):
         assert name == peer_name and torch.equal(ours, theirs)
     assert "activation='relu', save='input'" in repr(module)
-    config = fastattn.models.TransformerConfig(vocab_size=8, max_length=4, d_model=6, n_layers=1, n_heads=2)
-    block = fastattn.models.blocks.MLP(config)
-    fastattn.nn.MLP(6, config.d_mlp).load_state_dict(block.state_dict())
 
 
 def test_mlp_saves_what_it_is_told(device: torch.device) -> None:

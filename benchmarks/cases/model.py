@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.base import DTYPE_NAMES, draw, everything, spread_rows
-from fastattn.models.blocks import Block
+from fastattn.models.blocks import PreNormBlock
 from fastattn.models.config import BlockConfig
 
 
@@ -29,11 +29,11 @@ class BlockCase:
     def name(self) -> str:
         return f"{DTYPE_NAMES[self.dtype]}-b{self.batch}-s{self.seq_len}-w{self.width}-h{self.heads}"
 
-    def block(self, implementation: str, device: torch.device | str) -> Block:
+    def block(self, implementation: str, device: torch.device | str) -> PreNormBlock:
         """The same weights for every implementation."""
         torch.manual_seed(0)
         config = BlockConfig(d_model=self.width, n_heads=self.heads, implementation=implementation)
-        return Block(config, causal=True).to(device, self.dtype)
+        return PreNormBlock(config, causal=True).to(device, self.dtype)
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         x = draw(self.batch, self.seq_len, self.width, dtype=self.dtype, device=device, requires_grad=True)
@@ -46,11 +46,11 @@ class BlockCase:
     samples = staticmethod(everything)
 
 
-def call_block(block: Block, x: Tensor, *parameters: Tensor) -> Tensor:
-    """The block with these parameters in the place of its own."""
+def call_block(block: PreNormBlock, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The block with these parameters in the place of its own, and the sum that it leaves to the next one."""
     names = (name for name, _ in block.named_parameters())
-    out: Tensor = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
-    return out
+    stream, branch = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
+    return stream + branch
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models.blocks import (
-    Block,
+    PostNormBlock,
     check_padding,
     check_tokens,
     embed_tokens,
+    head_loss,
     init_normal_,
     make_dropout,
     make_gelu,
@@ -35,7 +36,7 @@ class BERT(nn.Module):
         self.type_embedding = nn.Embedding(self.TOKEN_TYPES, config.d_model)
         self.embedding_norm = make_layer_norm(config)
         self.dropout = make_dropout(config)
-        self.blocks = nn.ModuleList(Block(config, norm_first=False) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(PostNormBlock(config) for _ in range(config.n_layers))
         self.masked_token_head = MaskedTokenHead(config, self.token_embedding)
         self.next_sentence_head = NextSentenceHead(config)
         init_normal_(self, std=0.02)
@@ -67,14 +68,15 @@ class BERT(nn.Module):
             TypeError: a dtype does not fit; integers are int64 or int32.
         """
         hidden = self.encode(tokens, token_types=token_types, padding=padding)
-        token_logits = self.masked_token_head(hidden)
-        sentence_logits = self.next_sentence_head(hidden)
+        if targets is None and next_sentence is None:
+            return self.masked_token_head(hidden), self.next_sentence_head(hidden)
         losses = []
         if targets is not None:
-            losses.append(token_loss(token_logits, targets))
+            transformed, output = self.masked_token_head.transformed(hidden), self.masked_token_head.output
+            losses.append(head_loss(transformed, output, targets, self.config.implementation))
         if next_sentence is not None:
-            losses.append(token_loss(sentence_logits, next_sentence, "next_sentence"))
-        return sum(losses[1:], losses[0]) if losses else (token_logits, sentence_logits)
+            losses.append(token_loss(self.next_sentence_head(hidden), next_sentence, "next_sentence"))
+        return sum(losses[1:], losses[0])
 
     def encode(
         self, tokens: Tensor, *, token_types: Tensor | None = None, padding: Tensor | None = None
@@ -94,7 +96,7 @@ class BERT(nn.Module):
         x = x + embed_tokens("token_types", token_types, self.type_embedding)
         x = self.dropout(self.embedding_norm(x))
         for block in self.blocks:
-            x = block(x, padding)
+            x = block(x, padding=padding)
         return x
 
 
@@ -110,7 +112,11 @@ class MaskedTokenHead(nn.Module):
         self.output.weight = token_embedding.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.output(self.norm(self.gelu(self.transform(hidden))))
+        return self.output(self.transformed(hidden))
+
+    def transformed(self, hidden: Tensor) -> Tensor:
+        """What the output layer reads, (batch, seq, d_model)."""
+        return self.norm(self.gelu(self.transform(hidden)))
 
 
 class NextSentenceHead(nn.Module):

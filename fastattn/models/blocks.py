@@ -5,72 +5,98 @@ Shapes: batch is sequences, seq is tokens (or patches), and the residual stream 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.dispatch import autocasts
 from fastattn.models.config import BlockConfig, operation_implementation
-from fastattn.nn import GELU, LayerNorm, MultiheadAttention
+from fastattn.nn import GELU, MLP, LayerNorm, MultiheadAttention
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.norm import add_layer_norm, layer_norm
 
 # The projections that write into the residual stream, by the end of their parameters' names.
 _RESIDUAL_WEIGHTS = ("attention.out_proj.weight", "mlp.contract.weight")
 
 
+class StreamNorm(LayerNorm):
+    """A LayerNorm over the residual stream, and the sum before it that adds a branch, in one pass.
+
+    Args:
+        config: width, epsilon, dropout of the branches and implementation.
+    """
+
+    def __init__(self, config: BlockConfig) -> None:
+        implementation = operation_implementation(config.implementation)
+        super().__init__(config.d_model, config.layer_norm_eps, implementation=implementation)
+        self.dropout = config.dropout
+
+    def add(self, x: Tensor, branch: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(norm(h) in out_dtype, h) with h = x + dropout(branch) in the dtype of x, the stream."""
+        y, total = add_layer_norm(
+            branch,
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            dropout_p=self.dropout if self.training else 0,
+            out_dtype=out_dtype,
+            implementation=self.implementation,
+        )
+        return y, total
+
+    def read(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a linear layer reads of the stream, in the dtype that it computes in, and the stream.
+
+        Args:
+            x: the stream.
+            branch: has yet to be added to it; None for nothing.
+        """
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        if branch is not None:
+            return self.add(x, branch, dtype)
+        y: Tensor = layer_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            out_dtype=dtype,
+            implementation=self.implementation,
+        )
+        return y, x
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention where asked for, then the MLP: each a branch added to the stream.
+
+    `PreNormBlock` and `PostNormBlock` say where the norms stand.
 
     Args:
         config: sizes, dropout and implementation.
         causal: a position sees itself and those before it, not those after.
         cross_attention: between the two, attend to a `memory`, the output of an encoder.
-        norm_first: normalise what a branch reads (pre-norm, GPT-2 and ViT) rather than the sum it makes
-            (post-norm, Vaswani et al. and BERT).
     """
 
-    def __init__(
-        self,
-        config: BlockConfig,
-        *,
-        causal: bool = False,
-        cross_attention: bool = False,
-        norm_first: bool = True,
-    ) -> None:
+    def __init__(self, config: BlockConfig, *, causal: bool = False, cross_attention: bool = False) -> None:
         super().__init__()
         self.causal = causal
-        self.norm_first = norm_first
-        self.attention_norm = make_layer_norm(config)
+        self.attention_norm = StreamNorm(config)
         self.attention = make_attention(config)
         self.reads_memory = cross_attention
         if cross_attention:
-            self.cross_attention_norm = make_layer_norm(config)
+            self.cross_attention_norm = StreamNorm(config)
             self.cross_attention = make_attention(config)
-        self.mlp_norm = make_layer_norm(config)
-        self.mlp = MLP(config)
-        self.dropout = make_dropout(config)
+        self.mlp_norm = StreamNorm(config)
+        self.mlp = make_mlp(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        padding: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_padding: Tensor | None = None,
-    ) -> Tensor:
-        """One layer.
-
-        Args:
-            x: (batch, seq, d_model).
-            padding: (batch, seq) bool, True at positions that nobody may attend to.
-            memory: (batch, seq_memory, d_model), for cross-attention.
-            memory_padding: (batch, seq_memory) bool, True hides.
-
-        Returns:
-            (batch, seq, d_model).
-
-        Raises:
-            ValueError: a memory is missing, or given to a block without cross-attention.
-        """
+    def branches(
+        self, padding: Tensor | None, memory: Tensor | None, memory_padding: Tensor | None
+    ) -> Iterator[tuple[StreamNorm, Callable[[Tensor], Tensor]]]:
+        """Each branch in its order, as a function of what it reads, and its norm; arguments as a block's."""
         if self.reads_memory != (memory is not None):
             raise ValueError("memory goes with cross_attention=True: both or neither")
 
@@ -80,28 +106,72 @@ class Block(nn.Module):
         def attend_to_memory(y: Tensor) -> Tensor:
             return self.cross_attention(y, memory, memory, key_padding_mask=memory_padding)[0]
 
-        x = self._add(x, self.attention_norm, attend_to_itself)
+        yield self.attention_norm, attend_to_itself
         if self.reads_memory:
-            x = self._add(x, self.cross_attention_norm, attend_to_memory)
-        return self._add(x, self.mlp_norm, self.mlp)
-
-    def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.norm_first:
-            return x + self.dropout(branch(norm(x)))
-        return norm(x + self.dropout(branch(x)))
+            yield self.cross_attention_norm, attend_to_memory
+        yield self.mlp_norm, self.mlp
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, on each position alone."""
+class PreNormBlock(Block):
+    """A block whose branches read a normalised stream (GPT-2, ViT).
 
-    def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        self.expand = nn.Linear(config.d_model, config.d_mlp)
-        self.gelu = make_gelu(config)
-        self.contract = nn.Linear(config.d_mlp, config.d_model)
+    Its last branch is left for the next norm that reads the stream, the next block's or the final one, which adds
+    it in the same pass over memory.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.gelu(self.expand(x)))
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        *,
+        padding: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer.
+
+        Args:
+            x: the stream, (batch, seq, d_model).
+            branch: of the same shape, has yet to be added to it; None for nothing.
+            padding: (batch, seq) bool, True at positions that nobody may attend to.
+            memory: (batch, seq_memory, d_model), for cross-attention.
+            memory_padding: (batch, seq_memory) bool, True hides.
+
+        Returns:
+            (x, branch) for the next block, or for the `StreamNorm` behind the last one.
+
+        Raises:
+            ValueError: a memory is missing, or given to a block without cross-attention.
+        """
+        for norm, function in self.branches(padding, memory, memory_padding):
+            y, x = norm.read(x, branch)
+            branch = function(y)
+        assert branch is not None
+        return x, branch
+
+
+class PostNormBlock(Block):
+    """A block that normalises the sum of stream and branch (Vaswani et al., BERT)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+    ) -> Tensor:
+        """One layer; arguments as `PreNormBlock`'s.
+
+        Returns:
+            (batch, seq, d_model).
+
+        Raises:
+            ValueError: a memory is missing, or given to a block without cross-attention.
+        """
+        for norm, function in self.branches(padding, memory, memory_padding):
+            x, _ = norm.add(x, function(x), x.dtype)
+        return x
 
 
 def make_attention(config: BlockConfig) -> MultiheadAttention:
@@ -120,6 +190,16 @@ def make_layer_norm(config: BlockConfig) -> LayerNorm:
     return LayerNorm(
         config.d_model,
         eps=config.layer_norm_eps,
+        implementation=operation_implementation(config.implementation),
+    )
+
+
+def make_mlp(config: BlockConfig) -> MLP:
+    """Two linear layers, `expand` and `contract`, with the config's GELU between them."""
+    return MLP(
+        config.d_model,
+        config.d_mlp,
+        activation="gelu_tanh" if config.approximate == "tanh" else "gelu",
         implementation=operation_implementation(config.implementation),
     )
 
@@ -181,6 +261,28 @@ def embed_tokens(name: str, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         raise _outside(name, tokens, embedding.num_embeddings) from None
 
 
+def head_loss(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, implementation: str, name: str = "targets"
+) -> Tensor:
+    """The `token_loss` of `head(hidden)`, whose logits fastattn never holds whole.
+
+    Args:
+        hidden: (batch, seq, d_model).
+        head: the layer from d_model to the classes.
+        targets, name: as `token_loss`'s.
+        implementation: the model's; "naive" and "torch" hold the logits.
+    """
+    if implementation != "fastattn":
+        return token_loss(head(hidden), targets, name)
+    _check_targets(name, targets, hidden)
+    try:
+        return linear_cross_entropy(
+            hidden, head.weight, targets, linear_bias=head.bias, out_dtype=torch.float32
+        )
+    except IndexError:
+        raise _outside(name, targets[targets != -100], head.out_features) from None
+
+
 def token_loss(logits: Tensor, targets: Tensor, name: str = "targets") -> Tensor:
     """Mean cross-entropy in nats, float32; a target of -100 is left out, and NaN is the mean of none.
 
@@ -193,16 +295,20 @@ def token_loss(logits: Tensor, targets: Tensor, name: str = "targets") -> Tensor
         ValueError: the shapes differ or are empty, or (on a CPU) a target is out of range.
         TypeError: the targets are not int64 or int32.
     """
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"{name} have shape {tuple(targets.shape)}; {tuple(logits.shape[:-1])} is needed")
-    if targets.numel() == 0:
-        raise ValueError(f"{name} have shape {tuple(targets.shape)}; a mean loss needs at least 1 target")
-    _check_integers(name, targets)
+    _check_targets(name, targets, logits)
     try:
         # In float32 whatever the logits are: CUDA's autocast does so by itself, a CPU's does not.
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long())
     except IndexError:
         raise _outside(name, targets[targets != -100], logits.size(-1)) from None
+
+
+def _check_targets(name: str, targets: Tensor, rows: Tensor) -> None:
+    if targets.shape != rows.shape[:-1]:
+        raise ValueError(f"{name} have shape {tuple(targets.shape)}; {tuple(rows.shape[:-1])} is needed")
+    if targets.numel() == 0:
+        raise ValueError(f"{name} have shape {tuple(targets.shape)}; a mean loss needs at least 1 target")
+    _check_integers(name, targets)
 
 
 def _check_integers(name: str, ids: Tensor) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models.blocks import (
-    Block,
+    PostNormBlock,
     check_padding,
     check_tokens,
     embed_tokens,
+    head_loss,
     make_dropout,
-    token_loss,
 )
 from fastattn.models.config import TransformerConfig
 
@@ -36,9 +36,9 @@ class EncoderDecoder(nn.Module):
             "positions", sinusoidal_positions(config.max_length, config.d_model), persistent=False
         )
         self.dropout = make_dropout(config)
-        self.encoder = nn.ModuleList(Block(config, norm_first=False) for _ in range(config.n_layers))
+        self.encoder = nn.ModuleList(PostNormBlock(config) for _ in range(config.n_layers))
         self.decoder = nn.ModuleList(
-            Block(config, causal=True, cross_attention=True, norm_first=False) for _ in range(config.n_layers)
+            PostNormBlock(config, causal=True, cross_attention=True) for _ in range(config.n_layers)
         )
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
@@ -70,15 +70,17 @@ class EncoderDecoder(nn.Module):
             TypeError: a dtype does not fit; integers are int64 or int32.
         """
         memory = self.encode(source, source_padding)
-        logits = self.decode(target, memory, source_padding, target_padding)
-        return logits if targets is None else token_loss(logits, targets)
+        hidden = self.decode(target, memory, source_padding, target_padding)
+        if targets is None:
+            return self.head(hidden)
+        return head_loss(hidden, self.head, targets, self.config.implementation)
 
     def encode(self, source: Tensor, source_padding: Tensor | None = None) -> Tensor:
         """The encoder's representation of each source token, (batch, seq_source, d_model)."""
         check_padding("source_padding", source_padding, source)
         x = self._embed("source", source)
         for block in self.encoder:
-            x = block(x, source_padding)
+            x = block(x, padding=source_padding)
         return x
 
     def decode(
@@ -88,14 +90,14 @@ class EncoderDecoder(nn.Module):
         source_padding: Tensor | None = None,
         target_padding: Tensor | None = None,
     ) -> Tensor:
-        """Logits (batch, seq_target, vocab_size) for the token after each of `target`, given the memory."""
+        """The decoder's representation of each target token, (batch, seq_target, d_model), given the memory."""
         check_padding("target_padding", target_padding, target)
         if memory.size(0) != target.size(0):
             raise ValueError(f"target has batch {target.size(0)}, but the source has batch {memory.size(0)}")
         x = self._embed("target", target)
         for block in self.decoder:
-            x = block(x, target_padding, memory, source_padding)
-        return self.head(x)
+            x = block(x, padding=target_padding, memory=memory, memory_padding=source_padding)
+        return x
 
     def _embed(self, name: str, tokens: Tensor) -> Tensor:
         check_tokens(name, tokens, self.config.max_length)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.models.blocks import (
-    Block,
+    PreNormBlock,
+    StreamNorm,
     check_tokens,
     embed_tokens,
+    head_loss,
     init_normal_,
     make_dropout,
-    make_layer_norm,
-    token_loss,
 )
 from fastattn.models.config import TransformerConfig
 
@@ -32,8 +32,8 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_length, config.d_model)
         self.dropout = make_dropout(config)
-        self.blocks = nn.ModuleList(Block(config, causal=True) for _ in range(config.n_layers))
-        self.final_norm = make_layer_norm(config)
+        self.blocks = nn.ModuleList(PreNormBlock(config, causal=True) for _ in range(config.n_layers))
+        self.final_norm = StreamNorm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
         # Each block adds two branches to the residual stream; this keeps its variance near one at any depth.
@@ -58,10 +58,13 @@ class GPT(nn.Module):
         check_tokens("tokens", tokens, self.config.max_length)
         x = embed_tokens("tokens", tokens, self.token_embedding)
         x = self.dropout(x + self.position_embedding.weight[: tokens.size(1)])  # (batch, seq, d_model)
+        branch = None
         for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.final_norm(x))
-        return logits if targets is None else token_loss(logits, targets)
+            x, branch = block(x, branch)
+        hidden, _ = self.final_norm.read(x, branch)
+        if targets is None:
+            return self.head(hidden)
+        return head_loss(hidden, self.head, targets, self.config.implementation)
 
     @torch.no_grad()
     def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.blocks import Block, init_normal_, make_dropout, make_layer_norm, token_loss
+from fastattn.models.blocks import PreNormBlock, StreamNorm, init_normal_, make_dropout, token_loss
 from fastattn.models.config import ImageTransformerConfig
 
 
@@ -25,8 +25,8 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, config.d_model))
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.n_patches, config.d_model))
         self.dropout = make_dropout(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = make_layer_norm(config)
+        self.blocks = nn.ModuleList(PreNormBlock(config) for _ in range(config.n_layers))
+        self.final_norm = StreamNorm(config)
         self.head = nn.Linear(config.d_model, config.n_classes)
         init_normal_(self, std=0.02)
 
@@ -55,7 +55,10 @@ class ViT(nn.Module):
         class_token = self.class_token.expand(images.size(0), -1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.position_embedding
         x = self.dropout(x)
+        branch = None
         for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.final_norm(x[:, 0]))
+            x, branch = block(x, branch)
+        # The class token alone.
+        hidden, _ = self.final_norm.read(x[:, 0], None if branch is None else branch[:, 0])
+        logits = self.head(hidden)
         return logits if targets is None else token_loss(logits, targets)

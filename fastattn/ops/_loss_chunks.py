@@ -91,6 +91,20 @@ def _in_given_dtypes(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
+def divides_first(options: LossOptions, how: Chunks) -> bool:
+    """Whether dlogits are those of a mean before they are rounded to the products' dtype.
+
+    So dinput is rounded once wherever the incoming gradient is a power of 2. Not in float16, whose smallest number
+    many a probability divided by the number of rows would not reach.
+    """
+    return options.reduction == "mean" and how.compute_dtype != torch.float16
+
+
+def shares_of(target: Tensor, kept: Tensor) -> Tensor:
+    """Each row's share of the mean, (rows,); without a row that is kept the gradients are 0, and stay so."""
+    return kept.clamp(min=1.0).reciprocal_().expand(target.shape).contiguous()
+
+
 @_in_given_dtypes
 def linear_cross_entropy_forward(
     input: Tensor,
@@ -103,7 +117,9 @@ def linear_cross_entropy_forward(
     loss_dtype: torch.dtype,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the number of kept rows, and the gradients of the sum of the losses.
+    """The loss, the number of kept rows, and the gradients of the sum of the losses, or of their mean.
+
+    Of the mean where `divides_first` says so.
 
     Args:
         input: (rows, width).
@@ -119,8 +135,10 @@ def linear_cross_entropy_forward(
     kept = (target != options.ignore_index).sum(dtype=wide)
     losses = input.new_empty(target.shape, dtype=wide)
     sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
+    share = shares_of(target, kept) if divides_first(options, how) and sums.any() else None
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
-        dlogits = _loss_of(logits, work, target[rows], None, losses[rows], options, sums.any())
+        scale = None if share is None else share[rows]
+        dlogits = _loss_of(logits, work, target[rows], scale, losses[rows], options, sums.any())
         sums.add(rows, dlogits, x, w)
     if options.reduction == "none":
         return losses.to(loss_dtype), kept, *sums.given(input)

@@ -12,7 +12,7 @@ from fastattn.dispatch import Implementation, Operation, autocasts, refuse_trans
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype
-from fastattn.ops._loss_chunks import Chunks, chunk_rows_of
+from fastattn.ops._loss_chunks import Chunks, chunk_rows_of, divides_first, shares_of
 from fastattn.ops._register import register
 
 _CALL = (
@@ -111,13 +111,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         input, weight, bias, target, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
+            divided = divides_first(ctx.options, ctx.how)
             scale: Tensor | None = dloss
-            if ctx.options.reduction == "mean":
-                # Without a row that is kept the gradients are 0, and stay so.
+            if ctx.options.reduction == "mean" and not divided:
                 scale = dloss / kept.clamp(min=1.0)
             made, ctx.made = ctx.made, None
             if made is None:
-                of_row = kept.new_ones(target.shape)
+                of_row = shares_of(target, kept) if divided else kept.new_ones(target.shape)
                 if ctx.options.reduction == "none":
                     of_row, scale = dloss, None
                 made = _backward(of_row, input, weight, bias, target, *needs, *ctx.options, *ctx.how)
@@ -152,7 +152,7 @@ def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
-Arguments = tuple[Tensor, Tensor, "Tensor | None", Tensor, LossOptions, "int | None"]
+Arguments = tuple[Tensor, Tensor, "Tensor | None", Tensor, LossOptions, "int | None", "torch.dtype | None"]
 
 
 def _pack(
@@ -166,9 +166,10 @@ def _pack(
     z_loss: float,
     softcap: float | None,
     memory_budget: int | None,
+    out_dtype: torch.dtype | None,
 ) -> Arguments:
     options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap)
-    return input, linear_weight, linear_bias, target, options, memory_budget
+    return input, linear_weight, linear_bias, target, options, memory_budget, out_dtype
 
 
 def _check(
@@ -178,6 +179,7 @@ def _check(
     target: Tensor,
     options: LossOptions,
     memory_budget: int | None,
+    out_dtype: torch.dtype | None,
 ) -> None:
     check_floating(input=input, linear_weight=weight, linear_bias=bias)
     check_same_device("input", input, linear_weight=weight, linear_bias=bias)
@@ -198,6 +200,8 @@ def _check(
         raise ValueError(f"linear_bias has shape {tuple(bias.shape)}; {tuple(weight.shape[:1])} is needed")
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget={memory_budget} must be at least 1 byte, or None")
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(f"out_dtype={out_dtype} must be a floating-point dtype, or None")
     if (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)) and not autocasts(
         input
     ):
@@ -219,6 +223,7 @@ def _refuse_triton(
     target: Tensor,
     options: LossOptions,
     budget: int | None,
+    out_dtype: torch.dtype | None,
 ) -> str | None:
     if weight.size(0) == 0:
         return "classes=0 must be at least 1"
@@ -226,10 +231,10 @@ def _refuse_triton(
 
 
 def _run(triton: bool, *arguments: Any) -> Tensor:
-    input, weight, bias, target, options, budget = arguments
+    input, weight, bias, target, options, budget, out_dtype = arguments
     check_classes(target, weight.size(0), options.ignore_index)
     how = Chunks(budget, _compute_dtype(input), triton)
-    dtype = loss_dtype(input.dtype, input)
+    dtype = out_dtype or loss_dtype(input.dtype, input)
     rows, flat = input.reshape(-1, input.size(-1)), target.reshape(-1)
     if needs_graph(input, weight, bias):
         loss = LinearCrossEntropyFunction.apply(rows, weight, bias, flat, dtype, options, how)
@@ -239,7 +244,7 @@ def _run(triton: bool, *arguments: Any) -> Tensor:
 
 
 def _describe(triton: bool, *arguments: Any) -> str:
-    input, weight, _, _, options, budget = arguments
+    input, weight, _, _, options, budget, _ = arguments
     rows = input.reshape(-1, input.size(-1))
     size = chunk_rows_of(rows, weight, options.softcap, Chunks(budget, _compute_dtype(input), triton))
     by = "Triton kernels" if triton else "PyTorch's operators"
@@ -253,12 +258,15 @@ def _run_reference(
     target: Tensor,
     options: LossOptions,
     budget: int | None,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     check_classes(target, weight.size(0), options.ignore_index)
     logits = torch.nn.functional.linear(input.reshape(-1, input.size(-1)), weight, bias)
-    dtype = loss_dtype(input.dtype, input)
-    loss = reference.cross_entropy(logits.to(dtype), target.reshape(-1), None, *options)
+    dtype = out_dtype or loss_dtype(input.dtype, input)
+    wide = torch.promote_types(logits.dtype, dtype)
+    loss = reference.cross_entropy(logits.to(wide), target.reshape(-1), None, *options)
     assert isinstance(loss, Tensor)
+    loss = loss.to(dtype)
     return loss.reshape(target.shape) if options.reduction == "none" else loss
 
 
@@ -303,6 +311,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     memory_budget: int | None = None,
+    out_dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     r"""Cross-entropy of logits = input W^T + b, which are never held whole: a chunk of rows at a time.
@@ -321,10 +330,11 @@ def linear_cross_entropy(
         memory_budget: bytes that a chunk's logits, and what is made of them, may take; at least one row is taken. None:
             a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere
             (256 of 16 bits).
+        out_dtype: the loss's dtype; None for input's, under autocast float32 or wider.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
     Returns:
-        loss, in input's dtype, under autocast in float32 or wider; of target's shape with "none", else ().
+        loss, in `out_dtype`; of target's shape with "none", else ().
 
     Raises:
         TypeError: a tensor has a dtype that does not fit.
@@ -349,6 +359,6 @@ def linear_cross_entropy(
         implementation,
         *_pack(
             input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing, z_loss, softcap,
-            memory_budget,
+            memory_budget, out_dtype,
         ),
     )  # fmt: skip

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.models import BERT, GPT, EncoderDecoder, ImageTransformerConfig, ViT, tiny
-from fastattn.models.blocks import MLP, Block, check_tokens, init_normal_, make_dropout, token_loss
+from fastattn.models.blocks import (
+    Block,
+    PostNormBlock,
+    PreNormBlock,
+    StreamNorm,
+    check_tokens,
+    head_loss,
+    init_normal_,
+    make_dropout,
+    make_mlp,
+    token_loss,
+)
 from fastattn.testing import make_tensor
 from tests.models.agreement import assert_near
 
@@ -28,6 +39,20 @@ def _copy_into(block: Block, layer: nn.TransformerEncoderLayer | nn.TransformerD
         block.mlp_norm.load_state_dict(layer.norm2.state_dict())
     block.mlp.expand.load_state_dict(layer.linear1.state_dict())
     block.mlp.contract.load_state_dict(layer.linear2.state_dict())
+
+
+BLOCKS: dict[bool, type[Block]] = {True: PreNormBlock, False: PostNormBlock}
+
+
+def _run(block: Block, x: Tensor, **keywords: Tensor) -> Tensor:
+    """A layer with all of its sums made."""
+    out = block(x, **keywords)
+    if isinstance(out, Tensor):
+        return out
+    norm = StreamNorm(CONFIG)
+    norm.dropout = block.mlp_norm.dropout
+    norm.train(block.training)
+    return norm.read(*out)[1]
 
 
 def _randomized(layer: nn.Module) -> nn.Module:
@@ -50,14 +75,14 @@ def test_is_torch_nns_encoder_layer(norm_first: bool, causal: bool) -> None:
         norm_first=norm_first,
     )
     _randomized(layer)
-    block = Block(CONFIG, causal=causal, norm_first=norm_first)
+    block = BLOCKS[norm_first](CONFIG, causal=causal)
     _copy_into(block, layer)
     x = make_tensor(2, 7, 32)
     mask = nn.Transformer.generate_square_subsequent_mask(7) if causal else None
-    assert_near(block(x), layer(x, src_mask=mask, is_causal=causal))
+    assert_near(_run(block, x), layer(x, src_mask=mask, is_causal=causal))
     if not causal:
         padding = torch.arange(7) >= torch.tensor([[5], [7]])
-        assert_near(block(x, padding), layer(x, src_key_padding_mask=padding))
+        assert_near(_run(block, x, padding=padding), layer(x, src_key_padding_mask=padding))
 
 
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre_norm", "post_norm"])
@@ -73,19 +98,19 @@ def test_is_torch_nns_decoder_layer(norm_first: bool) -> None:
         norm_first=norm_first,
     )
     _randomized(layer)
-    block = Block(CONFIG, causal=True, cross_attention=True, norm_first=norm_first)
+    block = BLOCKS[norm_first](CONFIG, causal=True, cross_attention=True)
     _copy_into(block, layer)
     x, memory = make_tensor(2, 7, 32), make_tensor(2, 11, 32, seed=1)
     padding = torch.arange(11) >= torch.tensor([[8], [11]])
     mask = nn.Transformer.generate_square_subsequent_mask(7)
     expected = layer(x, memory, tgt_mask=mask, memory_key_padding_mask=padding, tgt_is_causal=True)
-    assert_near(block(x, None, memory, padding), expected)
+    assert_near(_run(block, x, memory=memory, memory_padding=padding), expected)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_mlp_has_the_configs_gelu(approximate: str) -> None:
     torch.manual_seed(0)
-    mlp = MLP(tiny(approximate=approximate, mlp_ratio=2, implementation="torch"))
+    mlp = make_mlp(tiny(approximate=approximate, mlp_ratio=2, implementation="torch"))
     assert mlp.expand.weight.shape == (64, 32)
     x = 3 * make_tensor(2, 7, 32)  # wide enough for the two forms to differ
     hidden = nn.functional.gelu(mlp.expand(x), approximate=approximate)
@@ -95,9 +120,9 @@ def test_mlp_has_the_configs_gelu(approximate: str) -> None:
 def test_memory_and_cross_attention_go_together() -> None:
     x = make_tensor(1, 3, 32)
     with pytest.raises(ValueError, match="memory goes with cross_attention=True"):
-        Block(CONFIG, cross_attention=True)(x)
+        PreNormBlock(CONFIG, cross_attention=True)(x)
     with pytest.raises(ValueError, match="memory goes with cross_attention=True"):
-        Block(CONFIG)(x, memory=x)
+        PostNormBlock(CONFIG)(x, memory=x)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "fastattn"])
@@ -105,12 +130,16 @@ def test_memory_and_cross_attention_go_together() -> None:
 def test_checkpointing_changes_nothing(implementation: str, dropout: float, device: torch.device) -> None:
     """Activations recomputed in the backward give bitwise the gradients of activations kept."""
     config = dataclasses.replace(CONFIG, implementation=implementation, dropout=dropout)
-    block = Block(config, causal=True).to(device)
+    block = PreNormBlock(config, causal=True).to(device)
     gradients = []
     for recompute in (False, True):
         x = make_tensor(2, 7, 32, device=device, requires_grad=True)
         torch.manual_seed(0)
-        out = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        branch = 0.5 * x
+        x_out, branch_out = (
+            checkpoint(block, x, branch, use_reentrant=False) if recompute else block(x, branch)
+        )
+        out = x_out + branch_out
         block.zero_grad()
         out.square().sum().backward()
         gradients.append([x.grad, *(p.grad.clone() for p in block.parameters())])
@@ -121,25 +150,25 @@ def test_checkpointing_changes_nothing(implementation: str, dropout: float, devi
 def test_dropout_is_no_module_where_it_is_zero() -> None:
     assert isinstance(make_dropout(CONFIG), nn.Identity)
     assert make_dropout(tiny(dropout=0.25)).p == 0.25
-    assert not any(isinstance(m, nn.Dropout) for m in Block(CONFIG).modules())
+    assert not any(isinstance(m, nn.Dropout) for m in PreNormBlock(CONFIG).modules())
 
 
 @pytest.mark.parametrize("place", ["attention branch", "mlp branch", "attention weights"])
 @pytest.mark.parametrize("norm_first", [True, False], ids=["pre_norm", "post_norm"])
 def test_dropout_is_everywhere(place: str, norm_first: bool) -> None:
     """In training nothing repeats, whichever place alone can drop something; in evaluation all does."""
-    block = Block(tiny(dropout=0.5, implementation="torch"), norm_first=norm_first)
+    block = BLOCKS[norm_first](tiny(dropout=0.5, implementation="torch"))
     if place == "attention weights":
-        block.dropout = nn.Identity()
+        block.attention_norm.dropout = block.mlp_norm.dropout = 0.0
     else:
         block.attention.dropout = 0.0
         other = block.mlp.contract if place == "attention branch" else block.attention.out_proj
         nn.init.zeros_(other.weight)  # the other branch has nothing left to drop
         nn.init.zeros_(other.bias)
     x = make_tensor(2, 7, 32)
-    assert not torch.equal(block(x), block(x))
+    assert not torch.equal(_run(block, x), _run(block, x))
     block.eval()
-    assert torch.equal(block(x), block(x))
+    assert torch.equal(_run(block, x), _run(block, x))
 
 
 @pytest.mark.parametrize("kind", [GPT, BERT, EncoderDecoder, ViT])
@@ -169,7 +198,7 @@ def test_embeddings_are_dropped(kind: Any) -> None:
 
 def test_initial_weights() -> None:
     torch.manual_seed(0)
-    block = Block(tiny(d_model=128))
+    block = PreNormBlock(tiny(d_model=128))
     init_normal_(block, std=0.02, residual_std=0.002)
     expected = {
         "attention.in_proj_weight": 0.02,
@@ -196,6 +225,35 @@ def test_loss_is_float32_and_leaves_out_ignored_targets() -> None:
     assert_near(loss, expected)
     with pytest.raises(ValueError, match=r"targets have shape \(2, 2\); \(2, 3\) is needed"):
         token_loss(logits, targets[:, 1:])
+
+
+def test_head_loss_is_the_loss_of_the_heads_logits(device: torch.device) -> None:
+    """In float32 too, of a model in bfloat16, and with the same messages; fastattn's makes the logits in chunks."""
+    head = nn.Linear(8, 5, dtype=torch.bfloat16, device=device)
+    hidden = make_tensor(2, 3, 8, dtype=torch.bfloat16, device=device)
+    targets = torch.tensor([[1, -100, 2], [-100, -100, 4]], device=device)
+    chunked, whole = (head_loss(hidden, head, targets, name) for name in ("fastattn", "torch"))
+    assert torch.equal(whole, token_loss(head(hidden), targets))
+    assert_near(chunked, whole)
+    for implementation in ("fastattn", "torch"):
+        with pytest.raises(ValueError, match=r"labels have shape \(2, 2\); \(2, 3\) is needed"):
+            head_loss(hidden, head, targets[:, 1:], implementation, "labels")
+        with pytest.raises(ValueError, match=r"labels hold the id 5; it must be in \[0, 5\)"):
+            head_loss(hidden.cpu(), head.cpu(), targets.cpu().clamp(min=0) + 1, implementation, "labels")
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre_norm", "post_norm"])
+def test_stream_keeps_its_dtype_under_autocast(norm_first: bool, device: torch.device) -> None:
+    """Branches come out of the linear layers in bfloat16; the float32 of the sum must not be lost."""
+    block = BLOCKS[norm_first](tiny(implementation="fastattn")).to(device)
+    x = make_tensor(2, 7, 32, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = block(x)
+        stream, branch = out if norm_first else (out, None)
+        read = StreamNorm(CONFIG).to(device).read(stream, branch)
+    assert stream.dtype == torch.float32
+    assert branch is None or branch.dtype == torch.bfloat16
+    assert [part.dtype for part in read] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(

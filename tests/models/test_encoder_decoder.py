@@ -130,7 +130,8 @@ def test_encoding_once_and_decoding_is_the_whole() -> None:
     model, inputs = _model(), _inputs()
     del inputs["targets"]
     memory = model.encode(inputs["source"], inputs["source_padding"])
-    logits = model.decode(inputs["target"], memory, inputs["source_padding"], inputs["target_padding"])
+    hidden = model.decode(inputs["target"], memory, inputs["source_padding"], inputs["target_padding"])
+    logits = model.head(hidden)
     assert torch.equal(logits, model(**inputs))
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import profile
 
 from fastattn.models import GPT, gpt2_124m, tiny
 from fastattn.training.data import ByteTokenizer, batches, read_texts
@@ -47,6 +48,21 @@ def test_implementations_agree(device: torch.device) -> None:
 def test_implementations_agree_in_bfloat16(device: torch.device) -> None:
     tokens = _tokens(device)
     assert_bfloat16_agrees(SHALLOW, device, tokens=tokens, targets=tokens.roll(-1, 1))
+
+
+def test_takes_the_fused_forms(device: torch.device) -> None:
+    """Two norms a block and a final one, all but the first with the sum before them; no sum and no logits otherwise."""
+    model, tokens = _model("fastattn").to(device), _tokens(device)
+    with profile() as recorded:
+        loss = model(tokens, tokens.roll(-1, 1))
+    calls = {event.key: event.count for event in recorded.key_averages()}
+    assert calls["fastattn::norm_forward"] == 2 * CONFIG.n_layers + 1
+    assert calls["fastattn::linear_cross_entropy_forward"] == 1
+    assert calls["aten::add"] == 1  # of token and position embedding
+    with profile() as recorded:
+        loss.backward()
+    calls = {event.key: event.count for event in recorded.key_averages()}
+    assert calls["fastattn::norm_backward"] == 2 * CONFIG.n_layers + 1
 
 
 @pytest.mark.parametrize("how", ["zeros", "is_causal", "detached"])

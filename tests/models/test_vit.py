@@ -92,7 +92,8 @@ def test_class_token_is_what_the_head_reads() -> None:
     outputs = []
     model.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     logits = model(_images())
-    assert_near(logits, model.head(model.final_norm(outputs[0][:, :1]))[:, 0])
+    stream, branch = outputs[0]
+    assert_near(logits, model.head(model.final_norm(stream[:, :1] + branch[:, :1]))[:, 0])
 
 
 def test_every_patch_and_its_place_matter() -> None:
