@@ -12,6 +12,7 @@ from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.mlp import MLP
 from fastattn.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fastattn.nn.rotary import RotaryEmbedding
+from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GEGLU",
@@ -27,4 +28,6 @@ __all__ = [
     "ReGLU",
     "RotaryEmbedding",
     "SwiGLU",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

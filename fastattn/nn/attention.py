@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.dispatch import NotSupported
 from fastattn.ops.attention import attention
+from fastattn.ops.attention_varlen import attention_varlen
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -65,6 +66,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, None]:
         """Attends from query to key and value.
 
@@ -79,6 +83,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             average_attn_weights: has no effect, as there are no weights.
             is_causal: query i sees keys j <= i. As in torch.nn, an attn_mask beside it is taken to be the
                 causal mask and is not read.
+            cu_seqlens: (sequences + 1,), int32 or int64: query, key and value are sequences packed one behind the
+                other, (total, width), and each sees itself alone, as in `fastattn.attention_varlen`. No mask then.
+            max_seqlen: the longest of these, or more; without it the offsets are read.
 
         Returns:
             (output of query's shape, None).
@@ -92,8 +99,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "need_weights=True is not supported: fused attention never holds the (seq_q, seq_k) weights"
             )
         self._check_inputs(query, key, value)
-        q, k, v = map(self._split_heads, self._project(query, key, value))
         dropout_p = self.dropout if self.training else 0.0
+        causal = "top_left" if is_causal else False
+        if cu_seqlens is not None:
+            self._check_packed(query, key, key_padding_mask, attn_mask)
+            rows = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
+            out = attention_varlen(
+                *rows,
+                cu_seqlens,
+                cu_seqlens,
+                max_seqlen,
+                max_seqlen,
+                causal=causal,
+                dropout_p=dropout_p,
+                implementation=self.implementation,
+            )
+            return self.out_proj(out.flatten(-2)), None
+        q, k, v = map(self._split_heads, self._project(query, key, value))
         if key_padding_mask is not None and query.dim() == 2:
             _check_mask("key_padding_mask", key_padding_mask, (key.size(0),))
             key_padding_mask = key_padding_mask.unsqueeze(0)
@@ -102,7 +124,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q,
             k,
             v,
-            causal="top_left" if is_causal else False,
+            causal=causal,
             bias=bias,
             mask=mask,
             dropout_p=dropout_p,
@@ -134,6 +156,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch = 0 if self.batch_first else 1
         if query.dim() == 3 and query.size(batch) != key.size(batch):
             raise ValueError(f"query has batch={query.size(batch)}, but key has batch={key.size(batch)}")
+
+    def _check_packed(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        if query.dim() != 2 or query.size(0) != key.size(0):
+            raise ValueError(
+                f"query and key have shapes {tuple(query.shape)} and {tuple(key.shape)}; with cu_seqlens both "
+                "are (total, width)"
+            )
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                raise ValueError(f"{name} goes with no cu_seqlens, which say what each sequence sees")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs through their projections, in as few products as they allow; widths embed_dim."""

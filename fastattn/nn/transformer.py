@@ -1,0 +1,322 @@
+"""The layers of a Transformer in the place of torch.nn's, what stands between attention and linear layers fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.dispatch import NotSupported
+from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.norm import LayerNorm
+from fastattn.ops.gelu import gelu
+from fastattn.ops.mlp import mlp
+from fastattn.ops.norm import add_layer_norm
+
+# What `mlp` calls the activations that it knows, and the forms of GELU by `approximate`.
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", gelu: "gelu", F.silu: "silu"}
+_MODULES = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+_Branch = Callable[[Tensor], Tensor]
+
+
+class _Layer(torch.nn.Module):
+    """What the two layers share: their parts, and the way of a tensor through the branches.
+
+    The parts are torch.nn's, made in its order, so that a seed gives its initial values. What computes with a part's
+    parameters, and not by calling it, does so only where the part is what was put there and nothing watches it:
+    another module in its place, a hook (pruning, sharding) or a parametrization is called.
+    """
+
+    _attentions: tuple[str, ...]
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        implementation: str | None = None,
+    ) -> None:
+        # Not that of torch.nn's layer, which would make the parts, and draw their values, before ours.
+        torch.nn.Module.__init__(self)
+        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        ours = {**made, "implementation": implementation}
+        for name in self._attentions:
+            attention = MultiheadAttention(d_model, nhead, dropout, batch_first=batch_first, **ours)
+            self.add_module(name, attention)
+        self.linear1 = torch.nn.Linear(d_model, dim_feedforward, **made)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.linear2 = torch.nn.Linear(dim_feedforward, d_model, **made)
+        branches = range(1, len(self._attentions) + 2)
+        for n in branches:
+            self.add_module(f"norm{n}", LayerNorm(d_model, layer_norm_eps, **ours))
+        for n in branches:
+            self.add_module(f"dropout{n}", torch.nn.Dropout(dropout))
+        self.norm_first = norm_first
+        self.activation = _activation(activation) if isinstance(activation, str) else activation
+        self.implementation = implementation
+
+    def extra_repr(self) -> str:
+        return "norm_first=True" if self.norm_first else ""
+
+    def _through(self, x: Tensor, *branches: _Branch) -> Tensor:
+        """x and the branches, each added to it; a norm before each of them, or behind each sum."""
+        parts = [
+            (branch, getattr(self, f"dropout{n}"), getattr(self, f"norm{n}"))
+            for n, branch in enumerate(branches, 1)
+        ]
+        if not self.norm_first:
+            for branch, dropout, norm in parts:
+                x, _ = _add_and_normalize(branch(x), x, dropout, norm)
+            return x
+        y = self.norm1(x)
+        for (branch, dropout, _), (_, _, norm) in zip(parts, parts[1:], strict=False):
+            y, x = _add_and_normalize(branch(y), x, dropout, norm)
+        branch, dropout, _ = parts[-1]
+        return x + dropout(branch(y))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """The two linear layers in one operation where nothing stands between the activation and the second."""
+        form = _form(self.activation)
+        known = form is not None and all(
+            _is_plain(linear, torch.nn.Linear) for linear in (self.linear1, self.linear2)
+        )
+        drops = not _is_plain(self.dropout, torch.nn.Dropout) or (self.dropout.training and self.dropout.p > 0)
+        if known and not drops:
+            return mlp(
+                x,
+                self.linear1.weight,
+                self.linear1.bias,
+                self.linear2.weight,
+                self.linear2.bias,
+                activation=form,  # type: ignore[arg-type]
+                implementation=self.implementation,
+            )
+        hidden = self.linear1(x)
+        if form in ("gelu", "gelu_tanh"):
+            approximate = "none" if form == "gelu" else "tanh"
+            hidden = gelu(hidden, approximate, implementation=self.implementation)
+        else:
+            hidden = self.activation(hidden)
+        return self.linear2(self.dropout(hidden))
+
+
+class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` by `fastattn.attention`, `add_layer_norm` and `mlp`.
+
+    With post-norm (norm_first=False), as in Vaswani et al. (2017),
+
+        x = norm1(x + dropout1(self_attn(x)))
+        x = norm2(x + dropout2(linear2(dropout(activation(linear1(x))))))
+
+    and with pre-norm (norm_first=True) each norm stands before its branch instead. A sum, its dropout and the norm
+    behind it are one operation; so are the linear layers, where the activation is ReLU, GELU (either form) or SiLU and
+    nothing is dropped between them, that is in `eval()` or with dropout=0.
+
+    Parameters, initial values and state dict are torch.nn's, and `torch.nn.TransformerEncoder` takes the layer. Differs
+    from torch.nn's in these: `is_causal` works without a mask beside it; dropout draws other elements; gradients of
+    nested tensors.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype: as torch.nn's.
+        implementation: "triton", "torch" or "reference" forces one in every operation; None takes the first that can.
+
+    Raises:
+        ValueError: d_model is not divisible by nhead, dropout is no probability, or activation is a string other than
+            "relu" and "gelu".
+
+    Notes:
+        Under autocast attention and linear layers run in its dtype, and the stream between them keeps that of `src`, as
+        in torch.nn's layer.
+        A nested tensor (which `torch.nn.TransformerEncoder` makes of a padding mask in `eval()` and without gradients)
+        is computed packed, without its padding; unlike torch.nn's, with gradients too.
+        A part that was replaced, has a hook or is parametrized is called as it is, so what is fused with it then is not.
+    """
+
+    _attentions = ("self_attn",)
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        """1 for ReLU, 2 for GELU, else 0: `torch.nn.TransformerEncoder` asks before it makes nested tensors."""
+        if self.activation is F.relu or isinstance(self.activation, torch.nn.ReLU):
+            return 1
+        return 2 if self.activation is F.gelu or isinstance(self.activation, torch.nn.GELU) else 0
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The layer's output.
+
+        Args:
+            src: (seq, batch, d_model), or (batch, seq, d_model) with batch_first, or unbatched (seq, d_model); or a
+                nested tensor of (batch, seq, d_model).
+            src_mask: (seq, seq) or (batch * nhead, seq, seq): True hides, floats are added.
+            src_key_padding_mask: (batch, seq), or (seq,) unbatched: True hides a position; floats are added.
+            is_causal: a position sees itself and those before it; a src_mask beside it is taken to be the causal mask
+                and is not read.
+
+        Returns:
+            A tensor of src's shape, nested if src is.
+
+        Raises:
+            ValueError: a shape does not fit, or a mask is given with a nested tensor.
+            NotSupported: the implementation asked for cannot take the call.
+        """
+        if src.is_nested:
+            for name, mask in (("src_mask", src_mask), ("src_key_padding_mask", src_key_padding_mask)):
+                if mask is not None:
+                    raise ValueError(f"{name} goes with no nested tensor, whose lengths say what is there")
+            return self._nested(src, is_causal)
+
+        def attend_to_itself(x: Tensor) -> Tensor:
+            masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask}
+            return self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **masks)[0]
+
+        return self._through(src, attend_to_itself, self._feed_forward)
+
+    def _nested(self, src: Tensor, is_causal: bool) -> Tensor:
+        """All sequences of a nested tensor one behind the other: only attention has to know where each begins."""
+        rows = src.unbind()
+        lengths = [row.size(0) for row in rows]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=src.device)
+        packing = {"cu_seqlens": starts, "max_seqlen": max(lengths)}
+
+        def attend_to_itself(x: Tensor) -> Tensor:
+            return self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **packing)[0]
+
+        out = self._through(torch.cat(rows), attend_to_itself, self._feed_forward)
+        return torch.nested.as_nested_tensor(list(out.split(lengths)), layout=src.layout)
+
+
+class TransformerDecoderLayer(_Layer, torch.nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` by `fastattn.attention`, `add_layer_norm` and `mlp`.
+
+    With post-norm (norm_first=False), as in Vaswani et al. (2017),
+
+        x = norm1(x + dropout1(self_attn(x)))
+        x = norm2(x + dropout2(multihead_attn(x, memory)))
+        x = norm3(x + dropout3(linear2(dropout(activation(linear1(x))))))
+
+    Everything else, arguments, errors and notes, is as in `TransformerEncoderLayer`, but for nested tensors, which are
+    not taken.
+    """
+
+    _attentions = ("self_attn", "multihead_attn")
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """The layer's output.
+
+        Args:
+            tgt: as `src` of `TransformerEncoderLayer`, not nested.
+            memory: (seq_memory, batch, d_model), laid out like tgt; the encoder's output.
+            tgt_mask, tgt_key_padding_mask, tgt_is_causal: of the self-attention, as there.
+            memory_mask: (seq, seq_memory) or (batch * nhead, seq, seq_memory).
+            memory_key_padding_mask: (batch, seq_memory), or (seq_memory,) unbatched.
+            memory_is_causal: position i of tgt sees those j <= i of memory.
+
+        Returns:
+            A tensor of tgt's shape.
+
+        Raises:
+            ValueError: a shape does not fit.
+            NotSupported: a tensor is nested, or the implementation asked for cannot take the call.
+        """
+        if tgt.is_nested or memory.is_nested:
+            raise NotSupported("a nested tgt or memory is not supported; pad them, and mask the padding")
+
+        def attend_to_itself(x: Tensor) -> Tensor:
+            masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask}
+            return self.self_attn(x, x, x, need_weights=False, is_causal=tgt_is_causal, **masks)[0]
+
+        def attend_to_memory(x: Tensor) -> Tensor:
+            masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask}
+            return self.multihead_attn(
+                x, memory, memory, need_weights=False, is_causal=memory_is_causal, **masks
+            )[0]
+
+        return self._through(tgt, attend_to_itself, attend_to_memory, self._feed_forward)
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ("relu", "gelu"):
+        raise ValueError(f"activation={name!r} must be 'relu', 'gelu' or a function")
+    return F.relu if name == "relu" else F.gelu
+
+
+def _form(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name by which `mlp` knows an activation, None where it does not."""
+    if not isinstance(activation, torch.nn.Module):
+        return _FUNCTIONS.get(activation)
+    if _is_plain(activation, torch.nn.GELU):
+        return _GELUS[activation.approximate]  # type: ignore[index]
+    kind = type(activation)
+    return _MODULES[kind] if kind in _MODULES and _is_plain(activation, kind) else None
+
+
+def _is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Whether the module is of this very class and nothing watches its calls: then its parameters say it all."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _add_and_normalize(
+    branch: Tensor, residual: Tensor, dropout: torch.nn.Module, norm: torch.nn.Module
+) -> tuple[Tensor, Tensor]:
+    """(norm(total), total) of total = residual + dropout(branch)."""
+    if not _is_plain(norm, LayerNorm):
+        total = residual + dropout(branch)
+        return norm(total), total
+    dropout_p: Any = 0
+    if not _is_plain(dropout, torch.nn.Dropout):
+        branch = dropout(branch)
+    elif dropout.training:
+        dropout_p = dropout.p
+    # Within autocast the branch alone is narrow. The norm of the sum has the sum's dtype, as with PyTorch's operators.
+    alike = branch.dtype == residual.dtype
+    dtype = None if alike else torch.promote_types(branch.dtype, residual.dtype)
+    y, total = add_layer_norm(
+        branch,
+        residual,
+        norm.normalized_shape,  # type: ignore[arg-type]
+        norm.weight,
+        norm.bias,
+        norm.eps,  # type: ignore[arg-type]
+        dropout_p=dropout_p,
+        residual_dtype=dtype,
+        out_dtype=dtype,
+        implementation=norm.implementation,  # type: ignore[arg-type]
+    )
+    return y, total
