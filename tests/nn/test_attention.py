@@ -1,206 +1,33 @@
-"""The drop-ins give torch.nn's numbers from torch.nn's state dicts, and refuse the rest by name."""
+"""MultiheadAttention gives torch.nn's numbers from torch.nn's state dicts, and refuses the rest by name."""
 
-import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
 from fastattn.testing import make_tensor
 from tests.models.agreement import assert_near
-
-EMBED, HEADS, BATCH, SEQ_Q, SEQ_K = 32, 4, 2, 9, 13
-
-IMPLEMENTATIONS = (None, "torch", "reference")
-
-
-def _pair(
-    ours: type, theirs: type, device: torch.device, *arguments: Any, **keywords: Any
-) -> tuple[Any, Any]:
-    """Both modules with torch.nn's state dict, every parameter random."""
-    implementation = keywords.pop("implementation", None)
-    peer = theirs(*arguments, **keywords).to(device)
-    for seed, parameter in enumerate(peer.parameters()):
-        parameter.data.copy_(make_tensor(*parameter.shape, seed=seed) * 0.3)
-    module = ours(*arguments, **keywords, implementation=implementation).to(device)
-    module.load_state_dict(peer.state_dict())
-    return module, peer
-
-
-def _assert_same(
-    module: torch.nn.Module, peer: torch.nn.Module, call: Callable[..., Any], *inputs: Tensor
-) -> None:
-    """Output and the gradients of parameters and inputs."""
-    results = []
-    for m in (module, peer):
-        leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
-        out = call(m, *leaves)
-        m.zero_grad()
-        out.backward(make_tensor(*out.shape, seed=99, device=out.device).to(out.dtype))
-        gradients = {name: p.grad for name, p in m.named_parameters()}
-        results.append((out, gradients, [leaf.grad for leaf in leaves]))
-    (out, gradients, input_gradients), (peer_out, peer_gradients, peer_input_gradients) = results
-    assert_near(out, peer_out)
-    for name, gradient in gradients.items():
-        assert_near(gradient, peer_gradients[name], name=f"gradient of {name}")
-    for gradient, peer_gradient in zip(input_gradients, peer_input_gradients, strict=True):
-        assert_near(gradient, peer_gradient, name="gradient of an input")
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "keywords", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str
+from tests.nn.pairs import (
+    BATCH,
+    EMBED,
+    HEADS,
+    IMPLEMENTATIONS,
+    SEQ_K,
+    SEQ_Q,
+    assert_same,
+    causal_mask,
+    make_pair,
+    padding_mask,
 )
-def test_layer_norm_matches(
-    implementation: str | None, keywords: dict[str, Any], device: torch.device
-) -> None:
-    keywords = {**keywords, "implementation": implementation}
-    module, peer = _pair(fastattn.nn.LayerNorm, torch.nn.LayerNorm, device, (5, 7), **keywords)
-    assert repr(module) == repr(peer)
-    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 7, device=device))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("keywords", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
-def test_rms_norm_matches(implementation: str | None, keywords: dict[str, Any], device: torch.device) -> None:
-    keywords = {**keywords, "implementation": implementation}
-    module, peer = _pair(fastattn.nn.RMSNorm, torch.nn.RMSNorm, device, (5, 7), **keywords)
-    assert repr(module) == repr(peer)
-    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 7, device=device))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
-def test_add_norms_match_a_sum_and_a_norm(
-    name: str, implementation: str | None, device: torch.device
-) -> None:
-    """And they drop in training alone."""
-    ours, theirs = getattr(fastattn.nn, f"Add{name}"), getattr(torch.nn, name)
-    module, peer = _pair(ours, theirs, device, 7, implementation=implementation)
-
-    def call(m: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-        y, total = m(x, residual) if m is module else (m(residual + x), residual + x)
-        return torch.cat([y, total])
-
-    x, residual = make_tensor(3, 7, device=device), make_tensor(3, 7, device=device, seed=1)
-    _assert_same(module, peer, call, x, residual)
-    _, total = ours(7, dropout=1.0, implementation=implementation).to(device)(x, residual)
-    assert torch.equal(total, residual)
-    module = ours(7, dropout=1.0, residual_dtype=torch.float64, implementation="torch").to(device).eval()
-    assert torch.equal(module(x, residual)[1], residual.double() + x)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_matches(implementation: str | None, approximate: str, device: torch.device) -> None:
-    keywords = {"approximate": approximate, "implementation": implementation}
-    module, peer = _pair(fastattn.nn.GELU, torch.nn.GELU, device, **keywords)
-    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 17, device=device))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_quick_gelu_is_a_module_too(implementation: str | None, device: torch.device) -> None:
-    module = fastattn.nn.GELU("quick", implementation=implementation)
-    assert repr(module) == "GELU(approximate='quick')"
-    x = make_tensor(3, 17, device=device)
-    assert_near(module(x), x * torch.sigmoid(1.702 * x))
-
-
-class _GatedPeer(torch.nn.Module):
-    """As diffusers' GEGLU, with any activation."""
-
-    def __init__(
-        self, activation: Callable[[Tensor], Tensor], dim_in: int, dim_out: int, bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.proj = torch.nn.Linear(dim_in, 2 * dim_out, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * self.activation(gate)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(
-    ("ours", "activation"),
-    [
-        (fastattn.nn.GEGLU, F.gelu),
-        (partial(fastattn.nn.GEGLU, approximate="tanh"), partial(F.gelu, approximate="tanh")),
-        (fastattn.nn.SwiGLU, F.silu),
-        (fastattn.nn.ReGLU, F.relu),
-    ],
-    ids=["geglu", "geglu-tanh", "swiglu", "reglu"],
-)
-def test_gated_linear_matches(
-    ours: Any, activation: Any, bias: bool, implementation: str | None, device: torch.device
-) -> None:
-    module, peer = _pair(
-        ours, partial(_GatedPeer, activation), device, 6, 9, bias=bias, implementation=implementation
-    )
-    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 6, device=device))
-
-
-class _MlpPeer(torch.nn.Module):
-    def __init__(self, width: int, hidden: int, out: int | None = None, bias: bool = True) -> None:
-        super().__init__()
-        self.expand = torch.nn.Linear(width, hidden, bias=bias)
-        self.contract = torch.nn.Linear(hidden, width if out is None else out, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("sizes", [(6, 10), (6, 10, 7)], ids=str)
-def test_mlp_matches(
-    sizes: tuple[int, ...], bias: bool, implementation: str | None, device: torch.device
-) -> None:
-    module, peer = _pair(fastattn.nn.MLP, _MlpPeer, device, *sizes, bias=bias, implementation=implementation)
-    _assert_same(module, peer, lambda m, x: m(x), make_tensor(3, 5, 6, device=device))
-
-
-def test_mlp_has_the_initial_values_of_linear_layers_and_the_models_names() -> None:
-    torch.manual_seed(0)
-    module = fastattn.nn.MLP(6, 10, activation="relu", save="input")
-    torch.manual_seed(0)
-    peer = _MlpPeer(6, 10)
-    for (name, ours), (peer_name, theirs) in zip(
-        module.named_parameters(), peer.named_parameters(), strict=True
-    ):
-        assert name == peer_name and torch.equal(ours, theirs)
-    assert "activation='relu', save='input'" in repr(module)
-
-
-def test_mlp_saves_what_it_is_told(device: torch.device) -> None:
-    module = fastattn.nn.MLP(6, 10, save="input").to(device)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        module(make_tensor(4, 6, device=device))
-    assert (4, 10) not in kept
 
 
 def _attention_pair(device: torch.device, **keywords: Any) -> tuple[Any, Any]:
     keywords = {"batch_first": True, **keywords}
-    return _pair(
+    return make_pair(
         fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, device, EMBED, HEADS, **keywords
     )
-
-
-def _padding(seq: int, device: torch.device, batch: int = BATCH) -> Tensor:
-    """True hides; every sequence hides another number of its last keys."""
-    return torch.arange(seq, device=device) >= seq - 3 + torch.arange(batch, device=device)[:, None]
-
-
-def _causal(seq: int, device: torch.device) -> Tensor:
-    return torch.ones(seq, seq, dtype=torch.bool, device=device).triu(1)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -211,7 +38,7 @@ def test_self_attention_matches(
 ) -> None:
     module, peer = _attention_pair(device, bias=bias, batch_first=batch_first, implementation=implementation)
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    _assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
+    assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["key_is_value", "key_and_value"])
@@ -228,7 +55,7 @@ def test_cross_attention_matches(shared: bool, batch_first: bool, device: torch.
     def call(m: torch.nn.Module, query: Tensor, *memory: Tensor) -> Tensor:
         return m(query, memory[0], memory[-1], need_weights=False)[0]
 
-    _assert_same(module, peer, call, query, *memory)
+    assert_same(module, peer, call, query, *memory)
 
 
 def test_other_key_and_value_widths_match(device: torch.device) -> None:
@@ -236,19 +63,19 @@ def test_other_key_and_value_widths_match(device: torch.device) -> None:
     inputs = [
         make_tensor(BATCH, seq, e, device=device) for seq, e in ((SEQ_Q, EMBED), (SEQ_K, 20), (SEQ_K, 24))
     ]
-    _assert_same(module, peer, lambda m, q, k, v: m(q, k, v, need_weights=False)[0], *inputs)
+    assert_same(module, peer, lambda m, q, k, v: m(q, k, v, need_weights=False)[0], *inputs)
 
 
 def test_unbatched_matches(device: torch.device) -> None:
     module, peer = _attention_pair(device)
     x = make_tensor(SEQ_Q, EMBED, device=device)
-    padding = _padding(SEQ_Q, device, batch=1)[0]
-    _assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
-    _assert_same(module, peer, lambda m, x: m(x, x, x, padding, need_weights=False)[0], x)
+    padding = padding_mask(SEQ_Q, device, batch=1)[0]
+    assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
+    assert_same(module, peer, lambda m, x: m(x, x, x, padding, need_weights=False)[0], x)
 
 
 def _masks(device: torch.device) -> dict[str, dict[str, Any]]:
-    padding, causal = _padding(SEQ_Q, device), _causal(SEQ_Q, device)
+    padding, causal = padding_mask(SEQ_Q, device), causal_mask(SEQ_Q, device)
     per_head = make_tensor(BATCH * HEADS, SEQ_Q, SEQ_Q, device=device)
     float_padding = torch.zeros(BATCH, SEQ_Q, device=device).masked_fill(padding, -2.0)
     return {
@@ -274,14 +101,14 @@ def test_masks_match(implementation: str | None, case: str, device: torch.device
     module, peer = _attention_pair(device, implementation=implementation)
     masks = _masks(device)[case]
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    _assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False, **masks)[0], x)
+    assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False, **masks)[0], x)
 
 
 @pytest.mark.parametrize("float_first", [True, False])
 def test_bool_and_float_masks_together(float_first: bool, device: torch.device) -> None:
     """torch.nn warns and deprecates the mixture; it is the sum of both as floats."""
     module, _ = _attention_pair(device)
-    padding, causal = _padding(SEQ_Q, device), _causal(SEQ_Q, device)
+    padding, causal = padding_mask(SEQ_Q, device), causal_mask(SEQ_Q, device)
     added = make_tensor(SEQ_Q, SEQ_Q, device=device)
     if float_first:
         mixed: dict[str, Tensor] = {"attn_mask": added, "key_padding_mask": padding}
@@ -299,7 +126,7 @@ def test_bool_and_float_masks_together(float_first: bool, device: torch.device) 
 def test_causal_needs_no_mask_and_ignores_the_one_beside_it(device: torch.device) -> None:
     module, _ = _attention_pair(device)
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    with_mask = module(x, x, x, attn_mask=_causal(SEQ_Q, device))[0]
+    with_mask = module(x, x, x, attn_mask=causal_mask(SEQ_Q, device))[0]
     assert_near(module(x, x, x, is_causal=True)[0], with_mask)
     hint = torch.zeros(SEQ_Q, SEQ_Q, dtype=torch.bool, device=device)
     assert_near(module(x, x, x, attn_mask=hint, is_causal=True)[0], with_mask)
@@ -327,7 +154,7 @@ def test_padding_mask_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     module = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = make_tensor(BATCH, SEQ_Q, EMBED)
     for is_causal in (False, True):
-        module(x, x, x, key_padding_mask=_padding(SEQ_Q, torch.device("cpu")), is_causal=is_causal)
+        module(x, x, x, key_padding_mask=padding_mask(SEQ_Q, torch.device("cpu")), is_causal=is_causal)
     shape = (BATCH, 1, 1, SEQ_Q)
     assert seen == [(shape, None, False), (shape, None, "top_left")]
 
@@ -374,37 +201,13 @@ def test_is_causal_with_dropout(implementation: str, device: torch.device) -> No
     assert not torch.allclose(outs[1][:, -1], outs[0][:, -1], atol=1e-3)
 
 
-def test_state_dicts_go_both_ways() -> None:
-    for ours, theirs, arguments in (
-        (fastattn.nn.LayerNorm, torch.nn.LayerNorm, (7,)),
-        (fastattn.nn.AddLayerNorm, torch.nn.LayerNorm, (7,)),
-        (fastattn.nn.RMSNorm, torch.nn.RMSNorm, (7,)),
-        (fastattn.nn.AddRMSNorm, torch.nn.RMSNorm, (7,)),
-        (fastattn.nn.GELU, torch.nn.GELU, ()),
-        (fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, (EMBED, HEADS)),
-    ):
-        module, peer = ours(*arguments), theirs(*arguments)
-        assert isinstance(module, theirs)
-        peer.load_state_dict(module.state_dict())
-        module.load_state_dict(peer.state_dict())
-
-
-@pytest.mark.parametrize("name", [name for name in fastattn.nn.__all__ if hasattr(torch.nn, name)])
-def test_arguments_are_torch_nns(name: str) -> None:
-    """batch_first was True by default: a drop-in that read the batch as the sequence."""
-    ours, theirs = (inspect.signature(getattr(nn, name)).parameters for nn in (fastattn.nn, torch.nn))
-    assert ours["implementation"].default is None
-    added = ours.keys() - theirs.keys()
-    assert all(ours[extra].kind is inspect.Parameter.KEYWORD_ONLY for extra in added)
-    kept = [(p.name, p.default) for p in ours.values() if p.name not in added]
-    assert kept == [(p.name, p.default) for p in theirs.values()]
-
-
 def test_sequence_comes_first_by_default(device: torch.device) -> None:
     """Called as torch.nn's is by default; with batch and sequence exchanged, 9 tokens see 2 and not 2 see 9."""
-    module, peer = _pair(fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, device, EMBED, HEADS)
+    module, peer = make_pair(
+        fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, device, EMBED, HEADS
+    )
     x = make_tensor(SEQ_Q, BATCH, EMBED, device=device)
-    _assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
+    assert_same(module, peer, lambda m, x: m(x, x, x, need_weights=False)[0], x)
 
 
 def test_initial_weights_are_torch_nns() -> None:
@@ -423,7 +226,7 @@ def test_inside_torch_nns_encoder_layer(device: torch.device) -> None:
     """The drop-in takes the place of a layer's self_attn, masks included."""
     layer = torch.nn.TransformerEncoderLayer(EMBED, HEADS, 64, dropout=0.0, batch_first=True).to(device)
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    masks = {"src_mask": _causal(SEQ_Q, device), "src_key_padding_mask": _padding(SEQ_Q, device)}
+    masks = {"src_mask": causal_mask(SEQ_Q, device), "src_key_padding_mask": padding_mask(SEQ_Q, device)}
     expected = layer(x, **masks)
     replacement = fastattn.nn.MultiheadAttention(EMBED, HEADS, batch_first=True).to(device)
     replacement.load_state_dict(layer.self_attn.state_dict())
@@ -434,7 +237,7 @@ def test_inside_torch_nns_encoder_layer(device: torch.device) -> None:
 def test_autocast_matches(device: torch.device) -> None:
     module, peer = _attention_pair(device)
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    padding = _padding(SEQ_Q, device)
+    padding = padding_mask(SEQ_Q, device)
     for masks in ({}, {"key_padding_mask": padding}, {"attn_mask": make_tensor(SEQ_Q, SEQ_Q, device=device)}):
         with torch.autocast(device.type, dtype=torch.bfloat16):
             out, expected = module(x, x, x, **masks)[0], peer(x, x, x, need_weights=False, **masks)[0]
@@ -447,7 +250,7 @@ def test_autocast_matches(device: torch.device) -> None:
 def test_compiles_in_one_graph(masked: bool, device: torch.device) -> None:
     module, _ = _attention_pair(device, implementation="torch")
     x = make_tensor(BATCH, SEQ_Q, EMBED, device=device)
-    masks = {"key_padding_mask": _padding(SEQ_Q, device)} if masked else {"is_causal": True}
+    masks = {"key_padding_mask": padding_mask(SEQ_Q, device)} if masked else {"is_causal": True}
     compiled = torch.compile(lambda x: module(x, x, x, **masks)[0], fullgraph=True, backend="aot_eager")
     assert_near(compiled(x), module(x, x, x, **masks)[0])
     with pytest.raises(ValueError, match="'fast' is unknown"):
