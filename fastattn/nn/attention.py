@@ -99,37 +99,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "need_weights=True is not supported: fused attention never holds the (seq_q, seq_k) weights"
             )
         self._check_inputs(query, key, value)
-        dropout_p = self.dropout if self.training else 0.0
-        causal = "top_left" if is_causal else False
+        options: dict[str, Any] = {
+            "causal": "top_left" if is_causal else False,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "implementation": self.implementation,
+        }
         if cu_seqlens is not None:
             self._check_packed(query, key, key_padding_mask, attn_mask)
-            rows = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-            out = attention_varlen(
-                *rows,
-                cu_seqlens,
-                cu_seqlens,
-                max_seqlen,
-                max_seqlen,
-                causal=causal,
-                dropout_p=dropout_p,
-                implementation=self.implementation,
-            )
-            return self.out_proj(out.flatten(-2)), None
+            q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
+            lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            return self.out_proj(attention_varlen(q, k, v, *lengths, **options).flatten(-2)), None
         q, k, v = map(self._split_heads, self._project(query, key, value))
         if key_padding_mask is not None and query.dim() == 2:
             _check_mask("key_padding_mask", key_padding_mask, (key.size(0),))
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask, bias = self._mask_and_bias(q, k, key_padding_mask, None if is_causal else attn_mask)
-        out = attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            bias=bias,
-            mask=mask,
-            dropout_p=dropout_p,
-            implementation=self.implementation,
-        )
+        out = attention(q, k, v, bias=bias, mask=mask, **options)
         return self.out_proj(self._merge_heads(out, query.dim())), None
 
     def extra_repr(self) -> str:

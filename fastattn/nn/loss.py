@@ -47,6 +47,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
         return loss
 
+    def extra_repr(self) -> str:
+        return ", ".join(_said(self, z_loss=0.0, softcap=None))
+
 
 class LinearCrossEntropyLoss(torch.nn.Module):
     """`torch.nn.LinearCrossEntropyLoss` (new in PyTorch 2.13) by `fastattn.linear_cross_entropy`, in any PyTorch.
@@ -111,3 +114,23 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             memory_budget=self.memory_budget,
             implementation=self.implementation,
         )
+
+    def extra_repr(self) -> str:
+        linear = self.linear
+        head = f"in_features={linear.in_features}, num_classes={linear.out_features}, bias={linear.bias is not None}"
+        said = _said(
+            self,
+            reduction="mean",
+            ignore_index=None,
+            label_smoothing=0.0,
+            z_loss=0.0,
+            softcap=None,
+            memory_budget=None,
+        )
+        return ", ".join([head, *said])
+
+
+def _said(module: torch.nn.Module, **defaults: Any) -> list[str]:
+    """The attributes that are not at their defaults, as arguments."""
+    given = {name: getattr(module, name) for name in defaults}
+    return [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]]

@@ -58,7 +58,39 @@ class RMSNorm(torch.nn.RMSNorm):
         return y
 
 
-class AddLayerNorm(LayerNorm):
+class _AddNorm(torch.nn.Module):
+    """What makes a norm that of a residual sum, beside the class of the norm; `_add` is the operation of both."""
+
+    implementation: str | None
+
+    def __init__(
+        self,
+        *arguments: Any,
+        dropout: float = 0.0,
+        residual_dtype: torch.dtype | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.dropout, self.residual_dtype = dropout, residual_dtype
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, rowscale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y, total = self._add(
+            x,
+            residual,
+            dropout_p=self.dropout if self.training else 0,
+            rowscale=rowscale,
+            residual_dtype=self.residual_dtype,
+            implementation=self.implementation,
+        )
+        return y, total
+
+    def _add(self, x: Tensor, residual: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+
+class AddLayerNorm(_AddNorm, LayerNorm):  # type: ignore[misc]
     """A residual sum and the LayerNorm behind it: `norm(x, residual)` is (y, residual + dropout(x)).
 
     Parameters and state dict are those of `torch.nn.LayerNorm`.
@@ -69,62 +101,15 @@ class AddLayerNorm(LayerNorm):
         residual_dtype: the dtype of the sum, as `fastattn.add_layer_norm`'s.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        dropout: float = 0.0,
-        residual_dtype: torch.dtype | None = None,
-        **keywords: Any,
-    ) -> None:
-        super().__init__(*arguments, **keywords)
-        self.dropout, self.residual_dtype = dropout, residual_dtype
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, rowscale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        y, total = add_layer_norm(
-            x,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            dropout_p=self.dropout if self.training else 0,
-            rowscale=rowscale,
-            residual_dtype=self.residual_dtype,
-            implementation=self.implementation,
-        )
-        return y, total
+    def _add(self, x: Tensor, residual: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        return add_layer_norm(x, residual, self.normalized_shape, self.weight, self.bias, self.eps, **options)
 
 
-class AddRMSNorm(RMSNorm):
+class AddRMSNorm(_AddNorm, RMSNorm):  # type: ignore[misc]
     """A residual sum and the RMSNorm behind it: `norm(x, residual)` is (y, residual + dropout(x)).
 
     Parameters and state dict are those of `torch.nn.RMSNorm`; further arguments are `AddLayerNorm`'s.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        dropout: float = 0.0,
-        residual_dtype: torch.dtype | None = None,
-        **keywords: Any,
-    ) -> None:
-        super().__init__(*arguments, **keywords)
-        self.dropout, self.residual_dtype = dropout, residual_dtype
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, rowscale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        y, total = add_rms_norm(
-            x,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            dropout_p=self.dropout if self.training else 0,
-            rowscale=rowscale,
-            residual_dtype=self.residual_dtype,
-            implementation=self.implementation,
-        )
-        return y, total
+    def _add(self, x: Tensor, residual: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        return add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps, **options)

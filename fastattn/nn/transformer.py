@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ _MODULES = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 _Branch = Callable[[Tensor], Tensor]
+_M = TypeVar("_M", bound=torch.nn.Module)
 
 
 class _Layer(torch.nn.Module):
@@ -75,19 +76,18 @@ class _Layer(torch.nn.Module):
 
     def _through(self, x: Tensor, *branches: _Branch) -> Tensor:
         """x and the branches, each added to it; a norm before each of them, or behind each sum."""
-        parts = [
-            (branch, getattr(self, f"dropout{n}"), getattr(self, f"norm{n}"))
-            for n, branch in enumerate(branches, 1)
-        ]
+        numbers = range(1, len(branches) + 1)
+        dropouts = [getattr(self, f"dropout{n}") for n in numbers]
+        norms = [getattr(self, f"norm{n}") for n in numbers]
         if not self.norm_first:
-            for branch, dropout, norm in parts:
+            for branch, dropout, norm in zip(branches, dropouts, norms, strict=True):
                 x, _ = _add_and_normalize(branch(x), x, dropout, norm)
             return x
-        y = self.norm1(x)
-        for (branch, dropout, _), (_, _, norm) in zip(parts, parts[1:], strict=False):
+        y: Tensor = norms[0](x)
+        for branch, dropout, norm in zip(branches[:-1], dropouts[:-1], norms[1:], strict=True):
             y, x = _add_and_normalize(branch(y), x, dropout, norm)
-        branch, dropout, _ = parts[-1]
-        return x + dropout(branch(y))
+        last: Tensor = dropouts[-1](branches[-1](y))
+        return x + last
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The two linear layers in one operation where nothing stands between the activation and the second."""
@@ -95,7 +95,9 @@ class _Layer(torch.nn.Module):
         known = form is not None and all(
             _is_plain(linear, torch.nn.Linear) for linear in (self.linear1, self.linear2)
         )
-        drops = not _is_plain(self.dropout, torch.nn.Dropout) or (self.dropout.training and self.dropout.p > 0)
+        drops = not _is_plain(self.dropout, torch.nn.Dropout) or (
+            self.dropout.training and self.dropout.p > 0
+        )
         if known and not drops:
             return mlp(
                 x,
@@ -112,7 +114,8 @@ class _Layer(torch.nn.Module):
             hidden = gelu(hidden, approximate, implementation=self.implementation)
         else:
             hidden = self.activation(hidden)
-        return self.linear2(self.dropout(hidden))
+        out: Tensor = self.linear2(self.dropout(hidden))
+        return out
 
 
 class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
@@ -145,13 +148,13 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         in torch.nn's layer.
         A nested tensor (which `torch.nn.TransformerEncoder` makes of a padding mask in `eval()` and without gradients)
         is computed packed, without its padding; unlike torch.nn's, with gradients too.
-        A part that was replaced, has a hook or is parametrized is called as it is, so what is fused with it then is not.
+        A part that was replaced, has a hook or is parametrized is called as it is, and then not fused with others.
     """
 
     _attentions = ("self_attn",)
 
     @property
-    def activation_relu_or_gelu(self) -> int:
+    def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
         """1 for ReLU, 2 for GELU, else 0: `torch.nn.TransformerEncoder` asks before it makes nested tensors."""
         if self.activation is F.relu or isinstance(self.activation, torch.nn.ReLU):
             return 1
@@ -277,12 +280,12 @@ def _form(activation: Callable[[Tensor], Tensor]) -> str | None:
     if not isinstance(activation, torch.nn.Module):
         return _FUNCTIONS.get(activation)
     if _is_plain(activation, torch.nn.GELU):
-        return _GELUS[activation.approximate]  # type: ignore[index]
+        return _GELUS[activation.approximate]
     kind = type(activation)
     return _MODULES[kind] if kind in _MODULES and _is_plain(activation, kind) else None
 
 
-def _is_plain(module: torch.nn.Module, kind: type) -> bool:
+def _is_plain(module: Any, kind: type[_M]) -> TypeGuard[_M]:
     """Whether the module is of this very class and nothing watches its calls: then its parameters say it all."""
     return type(module) is kind and not (
         module._forward_hooks
@@ -292,6 +295,13 @@ def _is_plain(module: torch.nn.Module, kind: type) -> bool:
     )
 
 
+def _dropout_p(dropout: torch.nn.Module) -> float | None:
+    """The probability that an element is dropped; None where the module may do something else."""
+    if not _is_plain(dropout, torch.nn.Dropout):
+        return None
+    return dropout.p if dropout.training else 0
+
+
 def _add_and_normalize(
     branch: Tensor, residual: Tensor, dropout: torch.nn.Module, norm: torch.nn.Module
 ) -> tuple[Tensor, Tensor]:
@@ -299,24 +309,22 @@ def _add_and_normalize(
     if not _is_plain(norm, LayerNorm):
         total = residual + dropout(branch)
         return norm(total), total
-    dropout_p: Any = 0
-    if not _is_plain(dropout, torch.nn.Dropout):
-        branch = dropout(branch)
-    elif dropout.training:
-        dropout_p = dropout.p
+    dropout_p = _dropout_p(dropout)
+    if dropout_p is None:
+        branch, dropout_p = dropout(branch), 0
     # Within autocast the branch alone is narrow. The norm of the sum has the sum's dtype, as with PyTorch's operators.
     alike = branch.dtype == residual.dtype
     dtype = None if alike else torch.promote_types(branch.dtype, residual.dtype)
     y, total = add_layer_norm(
         branch,
         residual,
-        norm.normalized_shape,  # type: ignore[arg-type]
+        norm.normalized_shape,
         norm.weight,
         norm.bias,
-        norm.eps,  # type: ignore[arg-type]
+        norm.eps,
         dropout_p=dropout_p,
         residual_dtype=dtype,
         out_dtype=dtype,
-        implementation=norm.implementation,  # type: ignore[arg-type]
+        implementation=norm.implementation,
     )
     return y, total
