@@ -140,6 +140,10 @@ class MlpFunction(torch.autograd.Function):
         need_x, need_w1, need_b1, need_w2, _ = ctx.needs_input_grad[:5]
         keeps_act = save == "both" and need_w2
         keeps_pre = save != "input" and (need_x or need_w1 or need_b1 or (need_w2 and not keeps_act))
+        if activation == "relu" and keeps_act:
+            keeps_pre = (
+                False  # the derivative is the sign's, and the value has the argument's where it is positive
+            )
         keeps_x = need_w1 or save == "input"
         pre, act = PATHS[path].first(_rows_of(x), w1, b1, activation, keeps_pre, True)
         ctx.save_for_backward(
@@ -172,6 +176,8 @@ def _gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     dy = _rows_of(dy)
     rows = None if x is None else _rows_of(x)
     needs_dpre, needs_act = need_x or need_w1 or need_b1, need_w2 and act is None
+    if pre is None and activation == "relu":
+        pre = act
     if pre is None and (needs_dpre or needs_act):
         pre = path.first(rows, w1, b1, activation, True, False)[0]
     dx = dw1 = db1 = None

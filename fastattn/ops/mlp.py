@@ -230,8 +230,9 @@ def mlp(
         fc2_bias: b2, (out,), or None.
         activation: "gelu" (the exact one), "gelu_tanh", "gelu_quick", "relu" or "silu".
         save: what is kept of the hidden layer for the backward, of what its gradients need. "both": the argument of
-            the activation and its value. "pre_activation": the argument; the value is found from it in the pass of
-            the backward that reads it anyway. "input": neither; the backward makes the first product again.
+            the activation and its value (of "relu" the value alone, which has the sign too). "pre_activation": the
+            argument; the value is found from it in the pass of the backward that reads it anyway. "input": neither; the
+            backward makes the first product again.
         implementation: "triton", "torch" or "reference" forces one, "triton-fused" or "triton-separate" a path of the
             first; None takes the first that can.
 

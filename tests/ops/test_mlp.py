@@ -156,6 +156,8 @@ def test_what_is_kept(implementation: str, device: torch.device) -> None:
         assert _saved_elements(call, tensors[1:]) == kept
     if implementation == "torch":
         return
+    relu = partial(fastattn.mlp, *tensors, activation="relu", implementation=implementation)
+    assert _saved_elements(relu, tensors[1:]) == full[:2]
     # Frozen parameters, as beside an adapter: x and the activation have no gradient to serve.
     for t in (w1, b1, w2, b2):
         t.requires_grad_(False)
