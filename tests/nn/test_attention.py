@@ -74,6 +74,41 @@ def test_unbatched_matches(device: torch.device) -> None:
     assert_same(module, peer, lambda m, x: m(x, x, x, padding, need_weights=False)[0], x)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_packed_sequences_see_themselves_alone(
+    is_causal: bool, implementation: str | None, device: torch.device
+) -> None:
+    module, peer = _attention_pair(device, implementation=implementation)
+    lengths = (4, 1, 0, 6)
+    starts = torch.tensor([0, 4, 5, 5, 11], dtype=torch.int32, device=device)
+
+    def call(m: torch.nn.Module, x: Tensor) -> Tensor:
+        if m is module:
+            return m(x, x, x, is_causal=is_causal, cu_seqlens=starts, max_seqlen=6)[0]
+        outs = []
+        for row in filter(len, x.split(lengths)):
+            mask = causal_mask(len(row), device) if is_causal else None
+            outs.append(m(row, row, row, attn_mask=mask, need_weights=False, is_causal=is_causal)[0])
+        return torch.cat(outs)
+
+    x = make_tensor(sum(lengths), EMBED, device=device)
+    assert_same(module, peer, call, x)
+    assert_near(module(x, x, x, cu_seqlens=starts)[0], module(x, x, x, cu_seqlens=starts, max_seqlen=6)[0])
+
+
+def test_packed_sequences_that_are_none_are_named() -> None:
+    module = fastattn.nn.MultiheadAttention(EMBED, HEADS)
+    x, starts = make_tensor(5, EMBED), torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match=r"have shapes \(1, 5, 32\) and \(1, 5, 32\); with cu_seqlens"):
+        module(x[None], x[None], x[None], cu_seqlens=starts)
+    with pytest.raises(ValueError, match=r"have shapes \(5, 32\) and \(4, 32\); with cu_seqlens"):
+        module(x, x[1:], x[1:], cu_seqlens=starts)
+    for masks in ({"attn_mask": torch.zeros(5, 5)}, {"key_padding_mask": torch.zeros(5)}):
+        with pytest.raises(ValueError, match=f"{next(iter(masks))} goes with no cu_seqlens"):
+            module(x, x, x, cu_seqlens=starts, **masks)
+
+
 def _masks(device: torch.device) -> dict[str, dict[str, Any]]:
     padding, causal = padding_mask(SEQ_Q, device), causal_mask(SEQ_Q, device)
     per_head = make_tensor(BATCH * HEADS, SEQ_Q, SEQ_Q, device=device)

@@ -92,3 +92,17 @@ def test_linear_cross_entropy_loss_is_torchs() -> None:
 def test_what_the_linear_loss_does_not_take_is_refused(refused: dict[str, object]) -> None:
     with pytest.raises(NotSupported, match=f"{next(iter(refused))} is not supported by fastattn.linear"):
         fastattn.nn.LinearCrossEntropyLoss(4, 7, **refused)
+
+
+def test_repr_says_what_is_not_at_its_default() -> None:
+    assert repr(fastattn.nn.CrossEntropyLoss(label_smoothing=0.1)) == "CrossEntropyLoss()"  # as torch.nn's
+    assert repr(fastattn.nn.CrossEntropyLoss(z_loss=0.1)) == "CrossEntropyLoss(z_loss=0.1)"
+    assert repr(fastattn.nn.CrossEntropyLoss(softcap=2.0)) == "CrossEntropyLoss(softcap=2.0)"
+    plain = fastattn.nn.LinearCrossEntropyLoss(4, 7)
+    assert plain.extra_repr() == "in_features=4, num_classes=7, bias=False"
+    options = {"reduction": "sum", "ignore_index": 3, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}
+    said = fastattn.nn.LinearCrossEntropyLoss(4, 7, bias=True, **options, memory_budget=9).extra_repr()
+    assert said == (
+        "in_features=4, num_classes=7, bias=True, reduction='sum', ignore_index=3, label_smoothing=0.2, z_loss=0.1, "
+        "softcap=2.0, memory_budget=9"
+    )

@@ -17,6 +17,8 @@ def test_state_dicts_go_both_ways() -> None:
         (fastattn.nn.AddRMSNorm, torch.nn.RMSNorm, (7,)),
         (fastattn.nn.GELU, torch.nn.GELU, ()),
         (fastattn.nn.MultiheadAttention, torch.nn.MultiheadAttention, (EMBED, HEADS)),
+        (fastattn.nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer, (EMBED, HEADS)),
+        (fastattn.nn.TransformerDecoderLayer, torch.nn.TransformerDecoderLayer, (EMBED, HEADS)),
     ):
         module, peer = ours(*arguments), theirs(*arguments)
         assert isinstance(module, theirs)

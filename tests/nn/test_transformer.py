@@ -1,6 +1,7 @@
 """The layers of a Transformer give torch.nn's numbers from its state dicts, alone and inside its stacks."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -209,6 +210,12 @@ def test_initial_values_and_parts_are_torch_nns(name: str, bias: bool) -> None:
     for (n, ours), (peer_n, theirs) in zip(module.named_parameters(), peer.named_parameters(), strict=True):
         assert n == peer_n and torch.equal(ours, theirs)
     assert module.__dict__.keys() - peer.__dict__.keys() == {"implementation"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_takes_torch_nns_arguments(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(nn, name).forward).parameters for nn in (fastattn.nn, torch.nn))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
 @pytest.mark.parametrize("name", LAYERS)
