@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dispatch import NotSupported
+from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm
 from fastattn.ops.gelu import gelu
 from fastattn.ops.mlp import mlp
 from fastattn.ops.norm import add_layer_norm
 
-# What `mlp` calls the activations that it knows, and the forms of GELU by `approximate`.
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", gelu: "gelu", F.silu: "silu"}
+# What `mlp` calls the activations that it knows.
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (gelu, "gelu"), (F.silu, "silu"))
 _MODULES = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}
-_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
+_APPROXIMATIONS = {form: approximate for approximate, form in _GELUS.items()}
 
 _Branch = Callable[[Tensor], Tensor]
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -92,26 +94,20 @@ class _Layer(torch.nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The two linear layers in one operation where nothing stands between the activation and the second."""
         form = _form(self.activation)
-        known = form is not None and all(
-            _is_plain(linear, torch.nn.Linear) for linear in (self.linear1, self.linear2)
-        )
-        drops = not _is_plain(self.dropout, torch.nn.Dropout) or (
-            self.dropout.training and self.dropout.p > 0
-        )
-        if known and not drops:
+        linears_alone = _is_plain(self.linear1, torch.nn.Linear) and _is_plain(self.linear2, torch.nn.Linear)
+        if form is not None and linears_alone and _dropout_p(self.dropout) == 0:
             return mlp(
                 x,
                 self.linear1.weight,
                 self.linear1.bias,
                 self.linear2.weight,
                 self.linear2.bias,
-                activation=form,  # type: ignore[arg-type]
+                activation=form,
                 implementation=self.implementation,
             )
         hidden = self.linear1(x)
-        if form in ("gelu", "gelu_tanh"):
-            approximate = "none" if form == "gelu" else "tanh"
-            hidden = gelu(hidden, approximate, implementation=self.implementation)
+        if form in _APPROXIMATIONS:
+            hidden = gelu(hidden, _APPROXIMATIONS[form], implementation=self.implementation)
         else:
             hidden = self.activation(hidden)
         out: Tensor = self.linear2(self.dropout(hidden))
@@ -127,7 +123,7 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         x = norm2(x + dropout2(linear2(dropout(activation(linear1(x))))))
 
     and with pre-norm (norm_first=True) each norm stands before its branch instead. A sum, its dropout and the norm
-    behind it are one operation; so are the linear layers, where the activation is ReLU, GELU (either form) or SiLU and
+    behind it are one operation; so are the linear layers, where the activation is ReLU, GELU (any form) or SiLU and
     nothing is dropped between them, that is in `eval()` or with dropout=0.
 
     Parameters, initial values and state dict are torch.nn's, and `torch.nn.TransformerEncoder` takes the layer. Differs
@@ -144,8 +140,8 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
             "relu" and "gelu".
 
     Notes:
-        Under autocast attention and linear layers run in its dtype, and the stream between them keeps that of `src`, as
-        in torch.nn's layer.
+        Under autocast attention and linear layers run in its dtype; a sum and the norm behind it have the wider one of
+        what is added (the norm float32 on a GPU), as with PyTorch's operators.
         A nested tensor (which `torch.nn.TransformerEncoder` makes of a padding mask in `eval()` and without gradients)
         is computed packed, without its padding; unlike torch.nn's, with gradients too.
         A part that was replaced, has a hook or is parametrized is called as it is, and then not fused with others.
@@ -199,6 +195,8 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
     def _nested(self, src: Tensor, is_causal: bool) -> Tensor:
         """All sequences of a nested tensor one behind the other: only attention has to know where each begins."""
         rows = src.unbind()
+        if not rows:
+            return src
         lengths = [row.size(0) for row in rows]
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=src.device)
         packing = {"cu_seqlens": starts, "max_seqlen": max(lengths)}
@@ -278,9 +276,11 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 def _form(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name by which `mlp` knows an activation, None where it does not."""
     if not isinstance(activation, torch.nn.Module):
-        return _FUNCTIONS.get(activation)
-    if _is_plain(activation, torch.nn.GELU):
-        return _GELUS[activation.approximate]
+        return next((form for function, form in _FUNCTIONS if activation is function), None)
+    if _is_plain(activation, torch.nn.GELU) or (
+        _is_plain(activation, GELU) and activation.implementation is None
+    ):
+        return _GELUS.get(activation.approximate)
     kind = type(activation)
     return _MODULES[kind] if kind in _MODULES and _is_plain(activation, kind) else None
 

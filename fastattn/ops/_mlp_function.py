@@ -141,9 +141,8 @@ class MlpFunction(torch.autograd.Function):
         keeps_act = save == "both" and need_w2
         keeps_pre = save != "input" and (need_x or need_w1 or need_b1 or (need_w2 and not keeps_act))
         if activation == "relu" and keeps_act:
-            keeps_pre = (
-                False  # the derivative is the sign's, and the value has the argument's where it is positive
-            )
+            # Its derivative is 1 where the argument, and so the value, is above 0.
+            keeps_pre = False
         keeps_x = need_w1 or save == "input"
         pre, act = PATHS[path].first(_rows_of(x), w1, b1, activation, keeps_pre, True)
         ctx.save_for_backward(

@@ -87,27 +87,31 @@ def test_unbatched_matches(name: str, device: torch.device) -> None:
     assert_same(module, peer, _call, *(t[0] for t in _inputs(name, device)))
 
 
+def _assert_as_accurate(module: Any, peer: Any, truth: Any, inputs: list[Tensor]) -> None:
+    """Output and every gradient, of the sums over all rows as they grow."""
+    results = []
+    for m in (module, peer, truth):
+        dtype = next(m.parameters()).dtype
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = m(*leaves)
+        out.backward(make_tensor(*out.shape, seed=99, dtype=inputs[0].dtype, device=out.device).to(dtype))
+        results.append({"output": out, **{f"input {n}": t.grad for n, t in enumerate(leaves)}})
+        results[-1].update({n: p.grad for n, p in m.named_parameters()})
+    for what, found in results[0].items():
+        three = [found, results[1][what], results[2][what]]
+        if what.endswith("in_proj_bias"):
+            # The keys' share is 0, and what is computed of it rounding.
+            q, _, v = zip(*(t.chunk(3) for t in three), strict=True)
+            three = [torch.cat(parts) for parts in zip(q, v, strict=True)]
+        assert_accurate(*three, name=what)
+
+
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_is_as_accurate(name: str, norm_first: bool, device: torch.device) -> None:
     module, peer = _pair(name, device, norm_first=norm_first, activation="gelu", dtype=torch.bfloat16)
     truth = copy.deepcopy(peer).double()
-    results = []
-    for m in (module, peer, truth):
-        dtype = next(m.parameters()).dtype
-        leaves = [t.to(dtype).requires_grad_() for t in _inputs(name, device, torch.bfloat16)]
-        out = m(*leaves)
-        out.backward(make_tensor(*out.shape, seed=99, dtype=torch.bfloat16, device=device).to(dtype))
-        results.append({"output": out, **{f"input {n}": t.grad for n, t in enumerate(leaves)}})
-        results[-1].update({n: p.grad for n, p in m.named_parameters()})
-    for what, actual in results[0].items():
-        expected, wide = results[1][what], results[2][what]
-        if what.endswith("in_proj_bias"):
-            # The keys' share is 0, and what is computed of it rounding.
-            actual, expected, wide = (
-                torch.cat([t[:EMBED], t[2 * EMBED :]]) for t in (actual, expected, wide)
-            )
-        assert_accurate(actual, expected, wide, name=what)
+    _assert_as_accurate(module, peer, truth, _inputs(name, device, torch.bfloat16))
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
@@ -370,9 +374,62 @@ def test_what_is_fused(name: str, norm_first: bool, monkeypatch: pytest.MonkeyPa
     assert sorted(called) == [*norms, "mlp"]
 
 
+@pytest.mark.parametrize(
+    "activation", [F.relu, F.gelu, torch.nn.GELU("tanh"), F.silu], ids=["relu", "gelu", "gelu_tanh", "silu"]
+)
+def test_linear_layers_apart_match(activation: Any, device: torch.device) -> None:
+    """As with dropout between them, but that this drops nothing."""
+    module, peer = _pair(LAYERS[0], device, activation=activation)
+    module.dropout = torch.nn.Identity()
+    assert_same(module, peer, _call, *_inputs(LAYERS[0], device))
+
+
 class _Doubled(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
+
+
+class _Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["fused", "apart"])
+@pytest.mark.parametrize(
+    ("activation", "function", "fused"),
+    [
+        (fastattn.gelu, F.gelu, True),
+        (fastattn.nn.GELU("quick"), lambda x: x * torch.sigmoid(1.702 * x), True),
+        (fastattn.nn.GELU(implementation="reference"), F.gelu, False),
+        (torch.relu, F.relu, True),
+        (torch.nn.SiLU(), F.silu, True),
+        (_Unhashable(), F.relu, False),
+    ],
+    ids=["fastattn", "quick", "by_name", "torch.relu", "module", "unhashable"],
+)
+def test_activations_that_mlp_knows(
+    activation: Any,
+    function: Any,
+    fused: bool,
+    dropped: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, _ = _pair(LAYERS[0], device, activation=activation)
+    _, peer = _pair(LAYERS[0], device, activation=function)
+    if dropped:
+        module.dropout = torch.nn.Identity()
+    called = _fused_calls(monkeypatch)
+    (x,) = _inputs(LAYERS[0], device)
+    assert_near(module(x), peer(x))
+    assert ("mlp" in called) == (fused and not dropped)
+
+
+class _DoubledLinear(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -381,6 +438,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "dropout": lambda m: setattr(m, "dropout1", _Doubled()),
     "hidden_dropout": lambda m: setattr(m, "dropout", _Doubled()),
     "linear": lambda m: setattr(m, "linear1", torch.nn.Sequential(m.linear1, _Doubled())),
+    "linear_of_another_class": lambda m: setattr(m.linear1, "__class__", _DoubledLinear),
     "hook": lambda m: m.linear2.register_forward_hook(lambda module, inputs, out: 2 * out),
     "norm_hook": lambda m: m.norm2.register_forward_pre_hook(lambda module, inputs: (inputs[0] ** 2,)),
     "parametrized": lambda m: parametrize.register_parametrization(m.linear1, "weight", _Doubled()),
@@ -590,3 +648,45 @@ def test_nested_tensors_that_are_not_taken() -> None:
             encoder(nested, **masks)
     with pytest.raises(fastattn.NotSupported, match="a nested tgt or memory is not supported"):
         decoder(nested, nested)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("lengths", [(), (0,), (2, 0)], ids=str)
+def test_empty_nested_tensors(lengths: tuple[int, ...], device: torch.device) -> None:
+    src = torch.nested.nested_tensor([make_tensor(n, EMBED, device=device) for n in lengths], device=device)
+    out = _layer(LAYERS[0], device)(src)
+    assert out.is_nested and [row.shape for row in out.unbind()] == [row.shape for row in src.unbind()]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_empty(name: str, device: torch.device) -> None:
+    module = _layer(name, device)
+    for shape in ((0, SEQ, EMBED), (BATCH, 0, EMBED)):
+        x = torch.zeros(shape, device=device)
+        assert module(*[x] * len(_inputs(name, device))).shape == shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_real_sizes(name: str, norm_first: bool, dtype: torch.dtype, device: torch.device) -> None:
+    keywords = {
+        "batch_first": True,
+        "norm_first": norm_first,
+        "dtype": dtype,
+        "activation": "gelu",
+        "dropout": 0.0,
+    }
+    module, peer = make_pair(
+        getattr(fastattn.nn, name), getattr(torch.nn, name), device, 512, 8, 2048, **keywords
+    )
+    with torch.no_grad():
+        for m in (module, peer):
+            for parameter in m.parameters():
+                if parameter.dim() == 2:
+                    parameter *= 3 * parameter.size(1) ** -0.5
+    truth = copy.deepcopy(peer).double()
+    shapes = [(4, 333, 512), (4, 250, 512)][: len(_inputs(name, device))]
+    inputs = [make_tensor(*shape, device=device, dtype=dtype, seed=n) for n, shape in enumerate(shapes)]
+    _assert_as_accurate(module, peer, truth, inputs)
