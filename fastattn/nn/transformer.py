@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.dispatch import NotSupported
+from fastattn.dispatch import NotSupported, autocasts
 from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm
 from fastattn.ops.gelu import gelu
 from fastattn.ops.mlp import mlp
-from fastattn.ops.norm import add_layer_norm
+from fastattn.ops.norm import add_layer_norm, layer_norm
 
 # What `mlp` calls the activations that it knows.
 _FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (gelu, "gelu"), (F.silu, "silu"))
@@ -85,9 +85,12 @@ class _Layer(torch.nn.Module):
             for branch, dropout, norm in zip(branches, dropouts, norms, strict=True):
                 x, _ = _add_and_normalize(branch(x), x, dropout, norm)
             return x
-        y: Tensor = norms[0](x)
+        # Autocast leaves float64 as it is.
+        narrow = autocasts(x) and x.dtype != torch.float64
+        read_in = torch.get_autocast_dtype(x.device.type) if narrow else None
+        y = _normalize(x, norms[0], read_in)
         for branch, dropout, norm in zip(branches[:-1], dropouts[:-1], norms[1:], strict=True):
-            y, x = _add_and_normalize(branch(y), x, dropout, norm)
+            y, x = _add_and_normalize(branch(y), x, dropout, norm, read_in)
         last: Tensor = dropouts[-1](branches[-1](y))
         return x + last
 
@@ -140,8 +143,9 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
             "relu" and "gelu".
 
     Notes:
-        Under autocast attention and linear layers run in its dtype; a sum and the norm behind it have the wider one of
-        what is added (the norm float32 on a GPU), as with PyTorch's operators.
+        Under autocast attention and linear layers run in its dtype. The stream has the wider dtype of what is added to
+        it, as with PyTorch's operators; with pre-norm the norms write what is read of it in autocast's dtype at once.
+        Attention with dropout is in linear memory, which on a CPU takes longer than torch.nn's.
         A nested tensor (which `torch.nn.TransformerEncoder` makes of a padding mask in `eval()` and without gradients)
         is computed packed, without its padding; unlike torch.nn's, with gradients too.
         A part that was replaced, has a hook or is parametrized is called as it is, and then not fused with others.
@@ -178,7 +182,7 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
 
         Raises:
             ValueError: a shape does not fit, or a mask is given with a nested tensor.
-            NotSupported: the implementation asked for cannot take the call.
+            NotSupported: the implementation asked for cannot take the call, or src is nested and self_attn was replaced.
         """
         if src.is_nested:
             for name, mask in (("src_mask", src_mask), ("src_key_padding_mask", src_key_padding_mask)):
@@ -194,6 +198,11 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
 
     def _nested(self, src: Tensor, is_causal: bool) -> Tensor:
         """All sequences of a nested tensor one behind the other: only attention has to know where each begins."""
+        if not isinstance(self.self_attn, MultiheadAttention):
+            raise NotSupported(
+                f"a nested src is for fastattn.nn.MultiheadAttention, and self_attn is {type(self.self_attn).__name__}; "
+                "torch.nn.TransformerEncoder makes none with enable_nested_tensor=False"
+            )
         rows = src.unbind()
         if not rows:
             return src
@@ -302,10 +311,31 @@ def _dropout_p(dropout: torch.nn.Module) -> float | None:
     return dropout.p if dropout.training else 0
 
 
+def _normalize(x: Tensor, norm: torch.nn.Module, read_in: torch.dtype | None) -> Tensor:
+    """norm(x) in the dtype that linear layers read it in, so that within autocast no wide copy of it is made."""
+    if read_in is None or not _is_plain(norm, LayerNorm):
+        out: Tensor = norm(x)
+        return out
+    y: Tensor = layer_norm(
+        x,
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        out_dtype=read_in,
+        implementation=norm.implementation,
+    )
+    return y
+
+
 def _add_and_normalize(
-    branch: Tensor, residual: Tensor, dropout: torch.nn.Module, norm: torch.nn.Module
+    branch: Tensor,
+    residual: Tensor,
+    dropout: torch.nn.Module,
+    norm: torch.nn.Module,
+    read_in: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(norm(total), total) of total = residual + dropout(branch)."""
+    """(norm(total), total) of total = residual + dropout(branch); the first in `read_in`, or in the sum's dtype."""
     if not _is_plain(norm, LayerNorm):
         total = residual + dropout(branch)
         return norm(total), total
@@ -324,7 +354,7 @@ def _add_and_normalize(
         norm.eps,
         dropout_p=dropout_p,
         residual_dtype=dtype,
-        out_dtype=dtype,
+        out_dtype=dtype if read_in is None else read_in,
         implementation=norm.implementation,
     )
     return y, total

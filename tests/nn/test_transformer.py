@@ -170,13 +170,28 @@ def test_causal_hints_need_no_mask(device: torch.device) -> None:
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_matches(name: str, norm_first: bool, device: torch.device) -> None:
-    """The stream stays float32, and so do the sums; three roundings to bfloat16 and more on the way of a branch."""
+    """The stream stays float32, and what branches read of it is narrow; some roundings to bfloat16 on their way."""
     module, peer = layer_pair(name, device, norm_first=norm_first)
+    results, read = [], []
+    for m in (module, peer):
+        inputs = [t.requires_grad_() for t in make_inputs(name, device)]
+        hook = m.self_attn.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0].dtype))
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            out = m(*inputs)
+        hook.remove()
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *m.parameters()])])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == torch.float32
+        assert_near(actual, expected, 8 * 2.0**-8)
+    assert read[0] == (torch.bfloat16 if norm_first else torch.float32)
+    assert not torch.equal(results[0][0], module(*inputs))
+
+
+def test_autocast_leaves_float64(device: torch.device) -> None:
+    module, peer = layer_pair(LAYERS[0], device, norm_first=True, dtype=torch.float64)
+    (src,) = make_inputs(LAYERS[0], device, torch.float64)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        out, expected = module(*make_inputs(name, device)), peer(*make_inputs(name, device))
-    assert out.dtype == expected.dtype == torch.float32
-    assert_near(out, expected, 4 * 2.0**-8)
-    assert not torch.equal(out, module(*make_inputs(name, device)))
+        assert_near(module(src), peer(src))
 
 
 @pytest.mark.parametrize(("norm_first", "dropout"), [(False, 0.0), (True, 0.2)], ids=["post", "pre-dropout"])

@@ -5,7 +5,7 @@ import torch
 
 import fastattn
 from fastattn.testing import make_tensor
-from tests.nn.layers import EMBED, LAYERS, make_layer
+from tests.nn.layers import EMBED, HEADS, LAYERS, make_layer
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -47,6 +47,11 @@ def test_nested_tensors_that_are_not_taken() -> None:
     ):
         with pytest.raises(ValueError, match=f"{named} goes with no nested tensor"):
             encoder(nested, **masks)
+    encoder.self_attn = torch.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    with pytest.raises(
+        fastattn.NotSupported, match="and self_attn is MultiheadAttention; .*enable_nested_tensor"
+    ):
+        encoder(nested)
     with pytest.raises(fastattn.NotSupported, match="a nested tgt or memory is not supported"):
         decoder(nested, nested)
 
