@@ -182,7 +182,7 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
 
         Raises:
             ValueError: a shape does not fit, or a mask is given with a nested tensor.
-            NotSupported: the implementation asked for cannot take the call, or src is nested and self_attn was replaced.
+            NotSupported: the implementation asked for cannot take the call, or src is nested and self_attn not ours.
         """
         if src.is_nested:
             for name, mask in (("src_mask", src_mask), ("src_key_padding_mask", src_key_padding_mask)):
@@ -200,7 +200,7 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
         """All sequences of a nested tensor one behind the other: only attention has to know where each begins."""
         if not isinstance(self.self_attn, MultiheadAttention):
             raise NotSupported(
-                f"a nested src is for fastattn.nn.MultiheadAttention, and self_attn is {type(self.self_attn).__name__}; "
+                f"a nested src is for fastattn.nn.MultiheadAttention, and self_attn is {type(self.self_attn)}; "
                 "torch.nn.TransformerEncoder makes none with enable_nested_tensor=False"
             )
         rows = src.unbind()
