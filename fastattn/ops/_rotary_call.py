@@ -179,7 +179,7 @@ def _check_apart(q: Tensor, k: Tensor) -> None:
     """Raises where q and k share an element, which would be turned twice, or by two programs at a time."""
     if q is k:
         raise ValueError("q and k are one tensor, which cannot be rotated in place twice at a time")
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):  # type: ignore[attr-defined]
         return
     distance = k.storage_offset() - q.storage_offset()
     if _share_elements(q.shape, q.stride(), k.shape, k.stride(), distance):
@@ -210,7 +210,8 @@ def _share_elements(
     for size, stride in zip(other_shape, other_strides, strict=True):
         bounds.setdefault(stride, [0, 0])[0] -= size - 1
     bounds.pop(0, None)
-    return _is_sum(distance, sorted(((stride, *ends) for stride, ends in bounds.items()), reverse=True))
+    terms = sorted(((stride, least, most) for stride, (least, most) in bounds.items()), reverse=True)
+    return _is_sum(distance, terms)
 
 
 def _is_sum(number: int, terms: Sequence[tuple[int, int, int]]) -> bool:

@@ -342,7 +342,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: a tensor has a dtype that does not fit.
         ValueError: shapes or devices do not fit, or an option is out of range.
-        IndexError: a target is no class; on a GPU within `debug_checks` alone, else what it touches is NaN.
+        IndexError: a target is no class; on a GPU within `debug_checks` alone, else its row's loss and gradient are
+            NaN, and with them those of the parameters.
         NotSupported: the implementation asked for cannot take the call, or a second derivative is asked for.
 
     Notes:

@@ -140,8 +140,9 @@ def layer_norm(
         Triton: statistics and sums are in float32 at any width; the backward saves x, weight and one float32
         mean and rstd a row, and is deterministic; rows at equal distances are read in place, an x (or an
         incoming gradient) of another layout is copied once; double backward goes through PyTorch's operators.
-        save="output": where a weight is 0, gradients of x and of that weight are NaN; where it is small beside bias, y
-        has lost digits of x in its rounding that the gradients lack; there is no double backward (`NotSupported`).
+        save="output": where a weight is 0 and y has a gradient, those of x and of that weight are NaN; where it is
+        small beside bias, y has lost digits of x in its rounding that the gradients lack; there is no double backward
+        (`NotSupported`).
         PyTorch's operators keep what they keep, whatever `save` says.
         PyTorch's own CPU operator sums the gradients of 16-bit parameters in their dtype, over many rows with
         few correct digits; float32 parameters beside a 16-bit x get float32 sums here.
@@ -256,7 +257,8 @@ def add_layer_norm(
         dtype and nothing is dropped or scaled, one tensor is the gradient of both.
         Dropout: Triton draws Philox numbers from a seed of PyTorch's generator of x's device, so `torch.manual_seed`
         fixes them, and draws them again in the backward: no mask is stored. PyTorch's operators drop other elements,
-        and round the sum's terms in x's dtype. A dropped element is 0 even if it was infinite.
+        and round the sum's terms in x's dtype. Of an infinite or NaN x, a dropped element is 0 by Triton and NaN by
+        PyTorch's operators, which multiply it by 0.
         save="output" keeps y and not h: where the caller does not need h after this, it is not kept alive.
         Otherwise as `layer_norm`'s.
 
