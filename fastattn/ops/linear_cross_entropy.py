@@ -12,7 +12,7 @@ from fastattn.dispatch import Implementation, Operation, autocasts, refuse_trans
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype
-from fastattn.ops._loss_chunks import Chunks, chunk_rows_of, divides_first, shares_of
+from fastattn.ops._loss_chunks import CACHED_ROWS, Chunks, chunk_rows_of, divides_first, shares_of
 from fastattn.ops._register import register
 
 _CALL = (
@@ -147,9 +147,15 @@ def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     scale = scale.reshape((1,) * gradient.dim())
     if torch.compiler.is_compiling():
         return (gradient * scale).to(dtype)
-    if gradient.is_cpu or gradient.dtype == dtype:
-        return gradient.mul_(scale).to(dtype)
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale)
+    result = torch.empty_like(gradient, dtype=dtype)
+    if not gradient.is_cpu:
+        return torch.mul(gradient, scale, out=result)
+    # Some rows at a time: what is multiplied is still in the cache when it is rounded.
+    for rows, rounded in zip(gradient.split(CACHED_ROWS), result.split(CACHED_ROWS), strict=True):
+        rounded.copy_(rows.mul_(scale))
+    return result
 
 
 Arguments = tuple[Tensor, Tensor, "Tensor | None", Tensor, LossOptions, "int | None", "torch.dtype | None"]
@@ -332,7 +338,7 @@ def linear_cross_entropy(
         reduction, label_smoothing, z_loss, softcap: as for `fastattn.cross_entropy`.
         memory_budget: bytes that a chunk's logits, and what is made of them, may take; at least one row is taken. None:
             a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere
-            (256 of 16 bits).
+            (512 of 16 bits). On a CPU PyTorch's operators work on some rows of a chunk at a time.
         out_dtype: the loss's dtype; None for input's, under autocast float32 or wider.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
