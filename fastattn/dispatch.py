@@ -259,6 +259,13 @@ def autocasts(tensor: Tensor) -> bool:
     )
 
 
+def linear_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in on this input: autocast's, but float64 stays."""
+    if tensor.dtype != torch.float64 and autocasts(tensor):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
 class _DebugChecks(threading.local):
     on = False
 

@@ -112,13 +112,13 @@ def _in_given_dtypes(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
-def divides_first(options: LossOptions, how: Chunks) -> bool:
-    """Whether dlogits are those of a mean before they are rounded to the products' dtype.
+def divides_first(options: LossOptions, how: Chunks, dtype: torch.dtype) -> bool:
+    """Whether dlogits are those of a mean before they are rounded to the products' dtype, and dinput to its `dtype`.
 
     So dinput is rounded once wherever the incoming gradient is a power of 2. Not in float16, whose smallest number
     many a probability divided by the number of rows would not reach.
     """
-    return options.reduction == "mean" and how.compute_dtype != torch.float16
+    return options.reduction == "mean" and torch.float16 not in (how.compute_dtype, dtype)
 
 
 def shares_of(target: Tensor, kept: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def linear_cross_entropy_forward(
     kept = (target != options.ignore_index).sum(dtype=wide)
     losses = input.new_empty(target.shape, dtype=wide)
     sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
-    share = shares_of(target, kept) if divides_first(options, how) and sums.any() else None
+    share = shares_of(target, kept) if divides_first(options, how, input.dtype) and sums.any() else None
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
         scale = None if share is None else share[rows]
         dlogits = _loss_of(logits, work, target[rows], scale, losses[rows], options, sums.any())

@@ -15,6 +15,9 @@ import torch
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 
+# What each operator runs, by its name.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
 
 def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines `torch.ops.fastattn.<name>` and returns its overload.
@@ -28,7 +31,8 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     # One registration for every device: the launcher, being Triton, serves whatever Triton serves.
-    _LIBRARY.impl(name, _on_first_use(launcher, name), "CompositeExplicitAutograd")
+    LAUNCHERS[name] = _on_first_use(launcher, name)
+    _LIBRARY.impl(name, LAUNCHERS[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastattn, name).default
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.dispatch import Implementation, Operation, autocasts, refuse_transforms, refuse_triton
+from fastattn.dispatch import (
+    Implementation,
+    Operation,
+    autocasts,
+    linear_dtype,
+    refuse_transforms,
+    refuse_triton,
+)
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype
@@ -111,7 +118,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         input, weight, bias, target, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            divided = divides_first(ctx.options, ctx.how)
+            divided = divides_first(ctx.options, ctx.how, input.dtype)
             scale: Tensor | None = dloss
             if ctx.options.reduction == "mean" and not divided:
                 scale = dloss / kept.clamp(min=1.0)
@@ -217,13 +224,6 @@ def _check(
         raise TypeError(f"input, linear_weight and linear_bias have dtypes {dtypes}; one for all is needed")
 
 
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    """Of the products, as `torch.nn.functional.linear` has it: autocast's, but float64 stays."""
-    if input.dtype != torch.float64 and autocasts(input):
-        return torch.get_autocast_dtype(input.device.type)
-    return input.dtype
-
-
 def _refuse_triton(
     input: Tensor,
     weight: Tensor,
@@ -235,13 +235,13 @@ def _refuse_triton(
 ) -> str | None:
     if weight.size(0) == 0:
         return "classes=0 must be at least 1"
-    return refuse_triton(input, _compute_dtype(input))
+    return refuse_triton(input, linear_dtype(input))
 
 
 def _run(triton: bool, *arguments: Any) -> Tensor:
     input, weight, bias, target, options, budget, out_dtype = arguments
     check_classes(target, weight.size(0), options.ignore_index)
-    how = Chunks(budget, _compute_dtype(input), triton)
+    how = Chunks(budget, linear_dtype(input), triton)
     dtype = out_dtype or loss_dtype(input.dtype, input)
     rows, flat = input.reshape(-1, input.size(-1)), target.reshape(-1)
     if needs_graph(input, weight, bias):
@@ -254,7 +254,7 @@ def _run(triton: bool, *arguments: Any) -> Tensor:
 def _describe(triton: bool, *arguments: Any) -> str:
     input, weight, _, _, options, budget, _ = arguments
     rows = input.reshape(-1, input.size(-1))
-    size = chunk_rows_of(rows, weight, options.softcap, Chunks(budget, _compute_dtype(input), triton))
+    size = chunk_rows_of(rows, weight, options.softcap, Chunks(budget, linear_dtype(input), triton))
     by = "Triton kernels" if triton else "PyTorch's operators"
     return f"chunks of {size} rows, their products by PyTorch, losses and dlogits by {by}"
 
