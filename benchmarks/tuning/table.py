@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ def _brackets(value: Any) -> tuple[str, str]:
 
 def _one_line(value: Any) -> str:
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return repr(value) if '"' in value else json.dumps(value, ensure_ascii=False)
     if not isinstance(value, (Mapping, tuple)):
         return repr(value)
     opening, closing = _brackets(value)
