@@ -18,7 +18,7 @@ from benchmarks.inspection import Launch
 from benchmarks.inspection.launches import tensors_of
 from benchmarks.measure import first_line, release
 from benchmarks.providers import PROVIDERS, Function
-from benchmarks.timing import Timer, interleave
+from benchmarks.timing import Timer, interleave, make_timer
 from fastattn.kernels._config import forced_config
 
 # Which provider runs our kernels, whatever dispatch would choose: the first of these that an operation has.
@@ -50,10 +50,19 @@ class Bench(Protocol):
 
 
 class CaseBench:
-    """A function's cases on a device; each is forward and backward through the public function."""
+    """A function's cases on a device; each is forward and backward through the public function.
 
-    def __init__(self, select: str, cases: Sequence[OpCase], device: torch.device, timer: Timer) -> None:
-        self.select, self.device, self.timer = select, device, timer
+    A timer keeps the calls that it has timed, and these their tensors: each comparison makes one of its own.
+    """
+
+    def __init__(
+        self,
+        select: str,
+        cases: Sequence[OpCase],
+        device: torch.device,
+        new_timer: Callable[[torch.device], Timer] = make_timer,
+    ) -> None:
+        self.select, self.device, self.new_timer = select, device, new_timer
         self.inputs = [Inputs(case, device) for case in cases]
         self._functions = [_ours(case, device) for case in cases]
 
@@ -85,7 +94,7 @@ class CaseBench:
                 except Exception as error:
                     drop(str(place), error)
             if calls:
-                of_cases.append(interleave(calls, self.timer, rounds, dropped=drop))
+                of_cases.append(interleave(calls, self.new_timer(self.device), rounds, dropped=drop))
             calls.clear()
             release(self.device)
         return [

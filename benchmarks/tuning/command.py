@@ -16,7 +16,6 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.measure import first_line
 from benchmarks.report import RowWriter, finite, results_folder, writable
-from benchmarks.timing import make_timer
 from benchmarks.tuning.bench import Bench, CaseBench
 from benchmarks.tuning.compiling import Compiler
 from benchmarks.tuning.dry_run import dry_run
@@ -47,10 +46,9 @@ def tune(chosen: argparse.Namespace, console: Console, progress: Progress) -> in
     described = environment("cuda", chosen.commit)
     out = _folder(chosen)
     device = torch.device("cuda")
-    timer = make_timer(device)
 
     def make_bench(task: Task) -> Bench:
-        return CaseBench(task.select, task.cases, device, timer)
+        return CaseBench(task.select, task.cases, device)
 
     results, late = search_all(tasks, target, described, out, chosen, progress, make_bench)
     report(results, late, described, out, console, chosen.write)

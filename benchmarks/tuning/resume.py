@@ -41,7 +41,13 @@ def result_of(line: dict[str, Any]) -> TaskResult:
     def candidate(plain: dict[str, Any]) -> Candidate:
         ratio = None if plain["ratio"] is None else Ratio(**plain["ratio"])
         return Candidate(
-            **{**plain, "ratio": ratio, "rows": tuple(InspectionRow(**row) for row in plain["rows"])}
+            **{
+                **plain,
+                "ratio": ratio,
+                "samples": tuple(plain["samples"]),
+                "current_samples": tuple(plain["current_samples"]),
+                "rows": tuple(InspectionRow(**row) for row in plain["rows"]),
+            }
         )
 
     parts = tuple(

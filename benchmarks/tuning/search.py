@@ -55,11 +55,18 @@ class Duel:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of one candidate: why it was dropped, or its time over that of the config of now."""
+    """What became of one candidate: why it was dropped, or its time over that of the config of now.
+
+    Attributes:
+        samples, current_samples: milliseconds in each round of the first comparison.
+        rows: what the compiler said.
+    """
 
     label: str
     dropped: str = ""
     ratio: Ratio | None = None
+    samples: tuple[float, ...] = ()
+    current_samples: tuple[float, ...] = ()
     rows: tuple[InspectionRow, ...] = ()
 
 
@@ -140,7 +147,7 @@ class Search:
             dropped = why_dropped(rows) or _wrong(bench, job.candidate)
             if not dropped:
                 left.append((len(seen), job.candidate))
-            seen.append(Candidate(spaces.label(job.candidate, part), dropped, None, tuple(rows)))
+            seen.append(Candidate(spaces.label(job.candidate, part), dropped, rows=tuple(rows)))
         duel, best = None, None
         try:
             ratios = self._screen(config, left, kernels, bench, seen)
@@ -182,7 +189,9 @@ class Search:
                     seen[place] = replace(seen[place], dropped="no call launches its kernels")
                 elif times:
                     ratios[place] = time_ratio(times, now)
-                    seen[place] = replace(seen[place], ratio=ratios[place])
+                    seen[place] = replace(
+                        seen[place], ratio=ratios[place], samples=tuple(times), current_samples=tuple(now)
+                    )
         return ratios
 
     def _duel(

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import gc
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from benchmarks.cases import AddLayerNormCase, AttentionCase, GeluCase, LayerNor
 from benchmarks.inspection import InspectionRow
 from benchmarks.progress import progress_bar
 from benchmarks.report import make_console
-from benchmarks.timing import make_timer
+from benchmarks.timing import CpuTimer
 from benchmarks.tuning import command, report, spaces, table
 from benchmarks.tuning.bench import CaseBench, running_launches
 from benchmarks.tuning.options import TuneError, add_arguments
@@ -196,6 +198,7 @@ def test_the_faster_candidate_is_chosen():
     assert result.config == asdict(best) and result.duel.won and result.key == ("sm_90",)
     assert result.duel.ratio.high < 0.95 and result.duel.ms < result.duel.current_ms
     (part,) = result.parts
+    assert all(len(c.samples) == len(c.current_samples) == 8 for c in part.candidates)
     assert (part.current, part.chosen) == ("block=1024 num_warps=4", "block=2048 num_warps=8")
     assert len(part.duel.samples) >= 3 and all(len(times) == 30 for times in part.duel.samples)
     assert bench.checked.count(best) == 2  # as a candidate, and all parts together
@@ -459,7 +462,7 @@ def gelu_on_a_cpu(monkeypatch):
             call()
         return float(sum(math.prod(launch.grid) for launch in launches))
 
-    return CaseBench("select_gelu_config", [GeluCase(5, 600)], torch.device("cpu"), timer)
+    return CaseBench("select_gelu_config", [GeluCase(5, 600)], torch.device("cpu"), lambda device: timer)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is a test below")
@@ -481,6 +484,27 @@ def test_kernels_run_with_the_candidates(gelu_on_a_cpu):
     assert broken[1] == [] and len(broken[0]) == 1
     ((place, why),) = reasons
     assert place == 1 and "power of 2" in why
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is a test below")
+def test_no_tensors_are_kept_from_one_comparison_to_the_next(gelu_on_a_cpu):
+    """Timers keep the calls that they have timed, and these the tensors of their launches: a GPU was full soon."""
+    calls = []
+
+    def new_timer(device):
+        timer = CpuTimer(sample_ms=0.0)
+
+        def timed(call):
+            calls.append(weakref.ref(call))
+            return timer(call)
+
+        return timed
+
+    gelu_on_a_cpu.new_timer = new_timer
+    (samples,) = gelu_on_a_cpu.samples([GeluConfig(1024, 4)], {"gelu_forward"}, 2, print)
+    assert len(samples) == len(calls) == 2
+    gc.collect()
+    assert all(call() is None for call in calls)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is a test below")
@@ -565,12 +589,11 @@ def test_gelu_is_tuned_on_a_gpu(tmp_path, device):
     """All of it, on a small case: candidates compiled in processes, checked, timed alone, and the table rendered."""
     target = target_of(device)
     tasks = plan([GeluCase(2048, 4096, dtype=BF16)], target, ["gelu"])
-    timer = make_timer(device)
     arguments = options("--rounds", "10")
     described = DESCRIBED | {"device": torch.cuda.get_device_name(device)}
 
     def make_bench(task):
-        return CaseBench(task.select, task.cases, device, timer)
+        return CaseBench(task.select, task.cases, device)
 
     (result,), late = command.search_all(
         tasks, target, described, tmp_path, arguments, progress_bar, make_bench
