@@ -90,6 +90,6 @@ def _candidates_table(
                 f"{shared:,}",
                 f"{min(r.occupancy for r in good):.0%}",
             )
-        verdict = f"dropped: {why}" if why else "now" if first else "timed"
+        verdict = f"dropped: {why}" if why else "now" if first else "would be timed"
         found.add_row(*(labels if first else ("", "")), spaces.label(job.candidate, part), *cells, verdict)
     return found

@@ -157,6 +157,9 @@ def test_candidates_keep_what_kernels_need():
         for new in spaces.candidates(config, "tile", target):
             assert isinstance(new, RotaryConfig) and new.block_d == config.block_d and new.block_rest == 0
             assert new.block_m * new.block_d >= threads * new.num_warps
+    # A thread a pair already.
+    tried = spaces.candidates(RotaryConfig(2, 64, 0, 4), "tile", H200)
+    assert tried and all(new.block_m * 64 >= 32 * new.num_warps for new in tried)
     for config in (LinearConfig(32, 32, 16, 8, 4, 2, 2), select_linear_config(BF16, H200)):
         for new in spaces.candidates(config, "tile", H200):
             assert min(new.block_m, new.block_k, new.block_n // new.pieces) >= 16
