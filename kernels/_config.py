@@ -15,9 +15,9 @@ from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._target import Target
 
-
 # Of axes 1 and 2 of a grid; axis 0 ends at 2^31 - 1.
 MOST_OF_AXIS = 65_535
+
 P = ParamSpec("P")
 C = TypeVar("C")
 Key = tuple[Any, ...]

@@ -274,6 +274,8 @@ _LAUNCH: dict[str, Callable[[Any], None]] = {
     "rotary": _launch_rotary,
     "loss": _launch_loss,
 }
+# The operations of which `launches_of` takes cases.
+LAUNCHED = frozenset(_LAUNCH)
 
 
 def compile_row(case: str, arch: str, launch: Launch) -> Compiled:

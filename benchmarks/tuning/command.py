@@ -42,7 +42,7 @@ def tune(chosen: argparse.Namespace, console: Console, progress: Progress) -> in
     target = check(chosen)
     tasks = plan(tuning_cases(), target, chosen.kernels)
     if chosen.dry_run:
-        return dry_run(tasks, target, chosen.processes, console, progress, chosen.out)
+        return dry_run(tasks, target, chosen.jobs, console, progress, chosen.out)
     described = environment("cuda", chosen.commit)
     out = _folder(chosen)
     device = torch.device("cuda")
@@ -87,10 +87,8 @@ def search_all(
     writer = RowWriter(path, conditions)
     end = time.monotonic() + 60 * chosen.minutes
     late = []
-    with progress(float(len(tasks))) as advance, Compiler(chosen.processes) as compiler:
-        search = Search(
-            target, lambda jobs: list(compiler(jobs)), chosen.rounds, lambda text: advance(text, 0)
-        )
+    with progress(float(len(tasks))) as advance, Compiler(chosen.jobs) as compiler:
+        search = Search(target, compiler, chosen.rounds, lambda text: advance(text, 0))
         for task in tasks:
             if (task.select, task.key) not in done:
                 if time.monotonic() > end:

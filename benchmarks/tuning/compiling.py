@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from benchmarks.cases import OpCase
-from benchmarks.inspection import InspectionRow, Launch, inspect_launch, launches_of
-from benchmarks.inspection.rows import faults
+from benchmarks.inspection import InspectionRow, Launch, launches_of
+from benchmarks.inspection.rows import Compiled, compile_row, faults, read_rows
 from benchmarks.measure import first_line
 from fastattn.kernels._config import forced_config
 
@@ -40,13 +40,13 @@ class Compilation:
             found |= {key: (name, launch) for key, launch in after.items() if key not in before}
         return found
 
-    def run(self) -> list[InspectionRow]:
-        """A row for each changed kernel; a launcher's own error is a row too."""
+    def run(self) -> list[Compiled]:
+        """A row for each changed kernel, to be read; a launcher's own error is a row too."""
         try:
             changed = self.changed()
         except Exception as error:
-            return [_error_row(self.arch, error)]
-        return [inspect_launch(case, self.arch, launch) for case, launch in changed.values()]
+            return [Compiled(_error_row(self.arch, error))]
+        return [compile_row(case, self.arch, launch) for case, launch in changed.values()]
 
     def _launches(self, case: OpCase, config: Any) -> dict[str, Launch]:
         with forced_config(self.select, config):
@@ -109,7 +109,18 @@ class Compiler:
             self._pool.terminate()
             self._pool.join()
 
-    def __call__(self, jobs: Iterable[Compilation]) -> Iterator[list[InspectionRow]]:
-        """The rows of each job, in order."""
+    def __call__(
+        self, jobs: Sequence[Compilation], advance: Callable[[int], None] = lambda place: None
+    ) -> list[list[InspectionRow]]:
+        """The rows of each job, in order; all are read at the end.
+
+        Args:
+            advance: told the place of each job that is compiled.
+        """
         run = map if self._pool is None else self._pool.imap
-        yield from run(Compilation.run, jobs)
+        compiled: list[list[Compiled]] = []
+        for place, found in enumerate(run(Compilation.run, jobs)):
+            compiled.append(found)
+            advance(place)
+        rows = iter(read_rows([one for found in compiled for one in found]))
+        return [[next(rows) for _ in found] for found in compiled]

@@ -39,11 +39,11 @@ def dry_run(
             if found:  # the config of now is what the first candidate is not
                 now = Compilation(target.name, task.select, found[0].candidate, task.config, task.cases)
                 jobs += [(task, part, job) for job in (now, *found)]
-    rows: list[list[InspectionRow]] = []
     with progress(float(len(jobs))) as advance, Compiler(processes) as compiler:
-        for (task, part, _), found_rows in zip(jobs, compiler(job for *_, job in jobs), strict=True):
-            rows.append(found_rows)
-            advance(f"{task.label} {part}", 1)
+        rows = compiler(
+            [job for *_, job in jobs],
+            lambda place: advance(" ".join((jobs[place][0].label, jobs[place][1])), 1),
+        )
     console.print(_candidates_table(jobs, rows, target))
     if out:
         content = [

@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list candidates and what the compiler says of them; needs no GPU",
     )
     add("--arch", metavar="ARCH", help=f"with --dry-run, one of {', '.join(KNOWN_TARGETS)} (default sm_90)")
-    add("--processes", type=int, metavar="N", help="that compile at a time (default: as many as cores)")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many candidates to compile at a time (default: as many as there are cores)",
+    )
     add("--commit", help="recorded where the checkout has no git history")
 
 
@@ -48,7 +53,7 @@ def check(chosen: argparse.Namespace) -> Target:
     Raises:
         TuneError: an argument is out of its range, or there is no GPU to time on.
     """
-    for name, least in (("rounds", 5), ("processes", 1)):
+    for name, least in (("rounds", 5), ("jobs", 1)):
         value = getattr(chosen, name)
         if value is not None and value < least:
             raise TuneError(f"--{name} {value} must be at least {least}")

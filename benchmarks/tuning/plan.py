@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.cases import BiasGeluCase, GeluCase, LayerNormCase, LossCase, OpCase, RMSNormCase
 from benchmarks.inspection import launches_of
+from benchmarks.inspection.rows import LAUNCHED
 from benchmarks.suites import SUITES
 from fastattn.kernels._config import Key, asked_configs
 from fastattn.kernels._target import KNOWN_TARGETS, Target
@@ -63,10 +64,8 @@ def tuning_cases() -> list[OpCase]:
     cases += [LayerNormCase(16384, width, dtype=_BF16) for width in (2048, 5120)]
     cases += [RMSNormCase(16384, 1024), GeluCase(8192, 4096), BiasGeluCase(8192, 4096)]
     cases += [LossCase(65536, 1024, _BF16), LossCase(8192, 32768)]
-    # The loss behind a linear layer has no launch of its own. Long sequences take long, and tell nothing more.
-    return [
-        case for case in cases if case.operation != "linear_loss" and getattr(case, "seq_q", 0) <= _LONGEST
-    ]
+    # Other operations launch nothing of their own. Long sequences take long, and tell nothing more.
+    return [case for case in cases if case.operation in LAUNCHED and getattr(case, "seq_q", 0) <= _LONGEST]
 
 
 def plan(cases: Iterable[OpCase], target: Target, kernels: Sequence[str] = ()) -> list[Task]:

@@ -379,7 +379,7 @@ def test_entries_of_other_keys_stay_and_runs_that_nothing_names_go():
 def options(*arguments):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args([*arguments, "--processes", "1"])
+    return parser.parse_args([*arguments, "--jobs", "1"])
 
 
 def run(out, tasks, chosen, described=DESCRIBED, **costs):
@@ -535,7 +535,7 @@ def test_the_result_of_each_candidate_is_checked(gelu_on_a_cpu, monkeypatch):
         ("--rounds 1", "--rounds 1 must be at least 5"),
         ("--minutes 0", "--minutes 0 must be above 0"),
         ("--resume", "--resume needs --out DIR"),
-        ("--processes 0", "--processes 0 must be at least 1"),
+        ("--jobs 0", "--jobs 0 must be at least 1"),
     ),
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -567,7 +567,7 @@ def test_a_dry_run_compiles_every_candidate(tmp_path):
         "from benchmarks.tuning import command, compiling\n"
         "command.tuning_cases = lambda: [GeluCase(8192, 4096, 'tanh')]\n"
         "compiling.MOST_CANDIDATES = 3\n"
-        f"raise SystemExit(main('tune --dry-run --arch sm_80 --processes 1 --out {tmp_path}'.split()))\n"
+        f"raise SystemExit(main('tune --dry-run --arch sm_80 --jobs 1 --out {tmp_path}'.split()))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
