@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastattn.kernels._config import tunable
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS, Target
@@ -200,6 +201,13 @@ _ATTENTION_LIGHT = {
 }
 
 
+@tunable(
+    lambda head_dim, dtype, target, load="plain": (
+        32 if dtype == torch.float32 else 16,
+        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
+        load if head_dim <= 256 else "plain",
+    )
+)
 def select_attention_config(
     head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
 ) -> AttentionConfig:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
+from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
 from fastattn.kernels._target import Target
 
 
@@ -32,6 +32,15 @@ class RowStrides(NamedTuple):
     inner: int | None
 
 
+# In the keys, more classes are one: rows are walked in tiles.
+_MOST_CLASSES = 32_768
+
+
+def _key(classes: int, alignment: int, dtype: torch.dtype, target: Target) -> tuple[int, bool, int]:
+    return min(power_of_2(classes), _MOST_CLASSES), loads_are_wide(alignment, dtype), 8 * dtype.itemsize
+
+
+@tunable(_key)
 def select_cross_entropy_forward_config(
     classes: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> CrossEntropyConfig:
@@ -48,6 +57,7 @@ def select_cross_entropy_forward_config(
     return _config(classes, 16, 4, target)
 
 
+@tunable(_key)
 def select_cross_entropy_backward_config(
     classes: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> CrossEntropyConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
+from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
 from fastattn.kernels._target import Target
 
 # What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
@@ -47,11 +47,17 @@ class WalkConfig:
     programs: int
 
 
+# In the keys, wider rows are one: they are walked in tiles of columns.
+_MOST_COLUMNS = 1024
+
+
+@tunable(lambda target: ())
 def select_gelu_config(target: Target) -> GeluConfig:
     """8 elements a thread: one 16-byte load in 16-bit types, two in float32."""
     return GeluConfig(block=1024, num_warps=2 if target.backend == "hip" else 4)
 
 
+@tunable(lambda width, target: (min(power_of_2(width), _MOST_COLUMNS),))
 def select_tile_config(width: int, target: Target) -> TileConfig:
     """8 elements a thread, as for GELU, in rows of at most 256 columns.
 
@@ -63,6 +69,13 @@ def select_tile_config(width: int, target: Target) -> TileConfig:
     return TileConfig(1024 // block_n, block_n, warps_of(4, target))
 
 
+@tunable(
+    lambda width, alignment, dtype, target: (
+        min(power_of_2(width), _MOST_COLUMNS),
+        loads_are_wide(alignment, dtype),
+        8 * dtype.itemsize,
+    )
+)
 def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: Target) -> WalkConfig:
     """Tiles of 16 elements a thread, whose sums stay in registers; 8 programs of 4 warps a multiprocessor.
 

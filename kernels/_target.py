@@ -26,6 +26,13 @@ class Target:
     shared_memory: int
     multiprocessors: int
 
+    @property
+    def name(self) -> str:
+        """The architecture: "sm_90", "gfx942", or "interpreter"."""
+        if self.backend == "interpreter":
+            return self.backend
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
 
 INTERPRETER = Target("interpreter", 0, 1 << 30, 2)
 

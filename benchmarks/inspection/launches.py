@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastattn.kernels import _target
@@ -76,6 +77,7 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
     target = KNOWN_TARGETS[arch]
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(InterpretedFunction, "run", record),
         mock.patch.object(_target, "target_of", lambda device: target),
     ):
         yield launches

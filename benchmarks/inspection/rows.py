@@ -274,6 +274,8 @@ _LAUNCH: dict[str, Callable[[Any], None]] = {
     "rotary": _launch_rotary,
     "loss": _launch_loss,
 }
+# The operations of which `launches_of` takes cases.
+LAUNCHED = frozenset(_LAUNCH)
 
 
 def compile_row(case: str, arch: str, launch: Launch) -> Compiled:
@@ -323,18 +325,20 @@ def inspect_launch(case: str, arch: str, launch: Launch) -> InspectionRow:
 
 def failures(rows: Iterable[InspectionRow]) -> list[str]:
     """What no shipped kernel may do, a line each: fail to compile, spill, ask for too much, miss HGMMA on sm_90."""
+    return [f"{row.arch} {row.case} {row.kernel}: {fault}" for row in rows for fault in faults(row)]
+
+
+def faults(row: InspectionRow) -> list[str]:
+    """What of that one kernel does."""
+    if row.error:
+        return [row.error]
     found = []
-    for row in rows:
-        label = f"{row.arch} {row.case} {row.kernel}"
-        if row.error:
-            found.append(f"{label}: {row.error}")
-            continue
-        if row.spill_loads or row.spill_stores:
-            found.append(f"{label}: spills, {row.spill_loads} loads and {row.spill_stores} stores")
-        if row.shared > row.shared_limit:
-            found.append(f"{label}: shared memory {row.shared} is above {row.shared_limit} bytes")
-        if "HMMA" in row.tensor_cores and row.arch == "sm_90":
-            found.append(f"{label}: HMMA on sm_90, whose fast matrix instruction is HGMMA")
-        if not row.tensor_cores and "tensor " in row.bound:
-            found.append(f"{label}: 16-bit products without tensor cores")
+    if row.spill_loads or row.spill_stores:
+        found.append(f"spills, {row.spill_loads} loads and {row.spill_stores} stores")
+    if row.shared > row.shared_limit:
+        found.append(f"shared memory {row.shared} is above {row.shared_limit} bytes")
+    if "HMMA" in row.tensor_cores and row.arch == "sm_90":
+        found.append("HMMA on sm_90, whose fast matrix instruction is HGMMA")
+    if not row.tensor_cores and "tensor " in row.bound:
+        found.append("16-bit products without tensor cores")
     return found
