@@ -17,12 +17,31 @@ from fastattn.kernels._target import KNOWN_TARGETS, Target
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """A tile of the score matrix, block_m queries by block_n keys, and how its program is compiled."""
+    """A tile of the score matrix, block_m queries by block_n keys, and how its program is compiled.
+
+    Attributes:
+        form: how the loop gets its rows, see `fastattn.kernels._attention_forms`: "pointers", "descriptors", or
+            "specialized", which is descriptors with warps of different tasks.
+        one_loop: mask every tile, in one loop, instead of only those that need it, in loops of their own: more
+            instructions a score and fewer registers. "specialized" can do no other.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    form: str = "pointers"
+    one_loop: bool = False
+
+    @property
+    def descriptors(self) -> bool:
+        return self.form != "pointers"
+
+    @property
+    def loop(self) -> dict[str, bool]:
+        """The kernels' arguments that say what the loop is."""
+        specialized = self.form == "specialized"
+        return {"ONE_LOOP": self.one_loop or specialized, "SPECIALIZED": specialized}
 
 
 @dataclass(frozen=True)
