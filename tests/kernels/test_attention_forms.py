@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastattn
+from benchmarks.providers.attention_forms import _FormFunction
 from fastattn.kernels import _target
 from fastattn.kernels._attention_config import (
     AttentionConfig,
@@ -162,6 +164,21 @@ def test_rows_within_a_tensor_fall_back_to_pointers(made: Any, device: torch.dev
             inputs[name][:, :, 40:] = math.nan
     out, lse, *gradients = assert_same_bits(inputs, options, fits=False)
     assert all(t[:, :, :37].isfinite().all() for t in (out, lse, *gradients))
+
+
+def test_measured_forms_have_gradients(device: torch.device) -> None:
+    """What the benchmarks' providers run: the launchers of a form behind autograd, only what is needed."""
+    q, k, v, dout, _ = AttentionCase(1, 2, 1, 20, 20, 16, "top_left").inputs(device).values()
+    config = config_of(VARIANTS["descriptors"])
+    gradients = []
+    for call in (
+        lambda *tensors: _FormFunction.apply(*tensors, "top_left", config),
+        lambda *tensors: fastattn.attention(*tensors, causal=True, implementation="triton"),
+    ):
+        q.requires_grad_(), v.requires_grad_()
+        out = call(q, k, v)
+        gradients.append([out, *torch.autograd.grad(out, (q, v), dout)])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def _tensor(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Tensor:
