@@ -105,6 +105,11 @@ def layout_reason(tensors: Sequence[Tensor], asked: AttentionOptions) -> str | N
     if asked.key_lengths is not None:
         return "key_lengths hides keys within the tensor, descriptors end at its end"
     for tensor in tensors:
+        stride_b, stride_h, stride_m, _ = tensor.stride()
+        if stride_b > 0 and stride_h > 0 and stride_m > 0:
+            bytes_apart = (stride_b | stride_h | stride_m) * tensor.itemsize
+            if (tensor.data_ptr() | bytes_apart) % _ALIGNMENT == 0:
+                continue  # as almost always; the rest finds the reason
         if tensor.data_ptr() % _ALIGNMENT:
             return (
                 f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT} must be a multiple of it"
