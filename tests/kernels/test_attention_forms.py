@@ -102,6 +102,9 @@ def _beside_nan(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         memory = tensor.new_full((batch + 1, seq + 64, heads + 1, width + 8), math.nan)
         views[name] = memory[:batch, :seq, :heads, :width].transpose(1, 2)
         views[name].copy_(tensor)
+        if batch == 1:
+            # The stride of a single element means nothing, and need not be one that a descriptor takes.
+            views[name] = views[name].as_strided(views[name].shape, (3, *views[name].stride()[1:]))
     return views
 
 
