@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.compiling import run_compiling
+
 # Causal and of 16 bits, the kernels of all forms: a row of the inspector's for each.
 SCRIPT = """
 import json, sys
@@ -42,9 +39,7 @@ ASKED = [
 @pytest.fixture(scope="module")
 def inspected() -> tuple[list[dict[str, Any]], list[str]]:
     """The rows, and what the check of shipped kernels says of them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(ASKED)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_compiling("-c", SCRIPT, json.dumps(ASKED))
     assert done.returncode == 0, done.stderr[-3000:]
     rows, failures = json.loads(done.stdout.splitlines()[-1])
     return rows, failures
