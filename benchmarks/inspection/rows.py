@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -24,6 +23,8 @@ from benchmarks.cases import (
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import Binary, MachineCode, binary_of, read_machine_codes
+from fastattn.kernels._attention_config import score_load
+from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
 from fastattn.kernels._layout import halves
 from fastattn.kernels._pointwise_config import GELU_FORMS
 from fastattn.kernels._target import KNOWN_TARGETS
@@ -135,10 +136,10 @@ def is_telling(case: OpCase, arch: str) -> bool:
     return True
 
 
-def launches_of(case: OpCase, arch: str) -> list[Launch]:
-    """What a call of the case launches, forward and backward."""
+def launches_of(case: OpCase, arch: str, **options: object) -> list[Launch]:
+    """What a call of the case launches, forward and backward; options are those of the operation's function below."""
     with record_launches(arch) as launches:
-        _LAUNCH[case.operation](case)
+        _LAUNCH[case.operation](case, **options)
     return launches
 
 
@@ -171,7 +172,8 @@ def inspect_case(case: OpCase, arch: str) -> list[InspectionRow]:
     return read_rows(compile_case(case, arch))
 
 
-def _launch_attention(case: AttentionCase) -> None:
+def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
+    from fastattn.kernels import _target
     from fastattn.kernels.attention_backward import attention_backward
     from fastattn.kernels.attention_forward import attention_forward
 
@@ -180,8 +182,11 @@ def _launch_attention(case: AttentionCase) -> None:
     keywords.pop("return_lse", None)  # it is always made
     causal = keywords.pop("causal")
     options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
-    out, lse = attention_forward(q, k, v, *options)
-    attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
+    target, load = _target.target_of(q.device), score_load(options)
+    config = select_attention_form(case.head_dim, case.dtype, target, load, form)
+    out, lse = attention_forward(q, k, v, *options, config=config)
+    dout = torch.empty_like(out)
+    attention_backward(dout, None, q, k, v, out, lse, [True] * 5, *options, config=config)
 
 
 def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
@@ -262,7 +267,7 @@ def _launch_loss(case: LossCase) -> None:
     cross_entropy_of_chunk(logits, target, None, statistics[0], *options[:1], *options[2:], True)
 
 
-_LAUNCH: dict[str, Callable[[Any], None]] = {
+_LAUNCH: dict[str, Callable[..., None]] = {
     "attention": _launch_attention,
     "layer_norm": _launch_norm,
     "rms_norm": _launch_norm,

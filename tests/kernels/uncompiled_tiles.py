@@ -37,7 +37,8 @@ def launched_tiles(arch: str) -> set[Tile]:
             for launch in launches_of(case, arch):
                 names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
                 if all(name in launch.arguments for name in names):
-                    tiles = AttentionTiles(*(launch.arguments[name] for name in names))
+                    sizes = (launch.arguments[name] for name in names)
+                    tiles = AttentionTiles(*sizes, one_loop=launch.arguments.get("ONE_LOOP", False))
                     found.add((launch.name.removeprefix("attention_"), case.head_dim, tiles))
     return found
 
