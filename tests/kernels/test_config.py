@@ -206,9 +206,10 @@ def test_a_forced_config_is_what_a_kernel_runs_with(device):
 
 def test_a_config_in_a_config_is_replaced_field_by_field():
     modelled = select_attention_config(128, BF16, H200)
-    new = _config.with_fields(modelled, {"forward": {"block_n": 128}, "separate_dk_dv": False})
+    new = _config.with_fields(modelled, {"forward": {"block_n": 128}, "separate_dk_dv": True})
     assert new.forward == replace(modelled.forward, block_n=128) and isinstance(new.forward, AttentionTiles)
-    assert replace(new, forward=modelled.forward, separate_dk_dv=True) == modelled
+    assert new.separate_dk_dv and not modelled.separate_dk_dv
+    assert replace(new, forward=modelled.forward, separate_dk_dv=False) == modelled
     with pytest.raises(TypeError, match="no_such_field"):
         _config.with_fields(modelled, {"no_such_field": 1})
 
