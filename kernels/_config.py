@@ -198,8 +198,9 @@ def walk_grid(rows: int, width: int, block_m: int, block_n: int, programs: int) 
     """The grid of a kernel of which about `programs` walk the rows: programs of each column tile, and column tiles.
 
     A row of 2^24 columns has more tiles than the 65,535 of an axis: they take two, the last of them with tiles beyond
-    the row. See `_column_tile`. Axis 0 holds the programs, since the registers of the kernels were seen to depend on
-    that: with the tiles there, the norms' backward took 145 instead of 128 in 768 columns, or 1 program instead of 2.
+    the row, and the kernel is compiled for that once more. See `_column_tile`. Axis 0 holds the programs, since the
+    registers of the kernels were seen to depend on that: with the tiles there, the norms' backward took 145 instead of
+    128 in 768 columns, or 1 program instead of 2.
     """
     tiles = -(-width // block_n)
     of_axis_2 = -(-tiles // MOST_OF_AXIS)

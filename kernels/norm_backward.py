@@ -58,6 +58,7 @@ def _norm_backward_kernel(
     FROM_OUTPUT: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
+    TILES_ON_TWO_AXES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -73,7 +74,7 @@ def _norm_backward_kernel(
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     NEEDS_DX: tl.constexpr = dsum_ptr is not None or dx_ptr is not None
     program = tl.program_id(0).to(tl.int64)
-    start = _column_tile() * BLOCK_N
+    start = _column_tile(TILES_ON_TWO_AXES) * BLOCK_N
     columns = start + tl.arange(0, BLOCK_N)
     column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
     scale = _load_scale(weight_ptr, columns, WIDTH, BLOCK_M, ZERO_CENTERED)
@@ -290,6 +291,7 @@ def _launch(
         partials_ptr=partials,
         NEEDS_DWEIGHT=dweight is not None,
         NEEDS_DBIAS=dbias is not None,
+        TILES_ON_TWO_AXES=grid[2] > 1,
         NUM_STAGES=walk.num_stages,
         BLOCK_M=walk.block_m,
         BLOCK_N=walk.block_n,

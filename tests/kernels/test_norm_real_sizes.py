@@ -119,3 +119,16 @@ def test_no_recompilation_as_the_number_of_rows_changes(device: torch.device) ->
     for rows in (1, 2, 16, 17, 64, 4096):
         run(rows)
     assert compiled() == before
+
+
+def test_more_column_tiles_than_an_axis_has_programs(device: torch.device) -> None:
+    """131,073 tiles of 256 columns: what did not launch at all."""
+    case = Case(rows=2, width=(1 << 25) + 1, has_bias=False)
+    given = case.tensors(device)
+    found = forward(case, given)
+    gradients = backward(case, given, found, asked="rw")
+    x, weight = (given[name].requires_grad_() for name in ("x", "weight"))
+    y = torch.nn.functional.layer_norm(x, (case.width,), weight, None, EPS)
+    torch.testing.assert_close(found[0], y, atol=1e-3, rtol=1e-3)
+    for letter, expected in zip("rw", torch.autograd.grad(y, (x, weight), given["dy"]), strict=True):
+        torch.testing.assert_close(gradients[letter], expected, atol=1e-3, rtol=1e-3)
