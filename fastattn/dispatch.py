@@ -96,6 +96,9 @@ class Operation:
 
     `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
     would hand them on; it runs after the check, where autocast is on for the device of the first argument.
+    `at_once(*arguments)`, where given, returns what the automatic choice returns for a call that needs no check, or
+    None: on a CPU the questions asked of a small tensor cost more than what is computed. It is asked where nothing is
+    forced.
     `pack(*arguments)`, where given, makes the operation's arguments of the public function's; the function itself
     calls it, and `explain` does.
     """
@@ -107,9 +110,11 @@ class Operation:
         implementations: tuple[Implementation, ...],
         cast: Callable[..., tuple[Any, ...]] | None = None,
         pack: Callable[..., tuple[Any, ...]] | None = None,
+        at_once: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.pack = pack
+        self.at_once = at_once
         self.check = check
         self.cast = cast
         self.implementations = implementations
@@ -121,11 +126,15 @@ class Operation:
         return function
 
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
+        if requested is None:
+            requested = _forced.name
+        if self.at_once is not None and requested is None and not INTERPRETING:
+            found = self.at_once(*arguments)
+            if found is not None:
+                return found
         self.check(*arguments)
         if self.cast is not None and autocasts(arguments[0]):
             arguments = self.cast(*arguments)
-        if requested is None:
-            requested = _forced.name
         if requested is not None:
             return self._named(requested, *arguments).run(*arguments)
         for implementation in self.automatic:
