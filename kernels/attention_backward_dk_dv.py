@@ -166,7 +166,7 @@ def _attention_dk_dv_kernel(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     first_key = tile * BLOCK_N
-    if sequences.starts_k is not None:
+    if sequences.starts_k is not None:  # no other tile begins beyond the last key
         if first_key >= rows_k:
             return
     heads = KV_HEADS * GROUPS

@@ -130,7 +130,9 @@ def _attention_dq_kernel(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     first_row = (tl.cdiv(rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
-    if sequences.starts_q is not None:
+    # Only packed rows return here, but the compiler computes with the sign it learns. Before a specialized loop, which
+    # has no packed rows, it takes no return.
+    if not SPECIALIZED:
         if first_row < 0:
             return
     q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
