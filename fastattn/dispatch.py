@@ -323,10 +323,13 @@ def refuse_transforms() -> str | None:
     if torch.compiler.is_compiling():
         return None
     if _transforms_are_active():
-        return "within torch.func transforms (vmap, grad, jvp, ...) only PyTorch's own operators are differentiated"
-    if forward_ad._current_level >= 0:
-        return "within forward-mode AD only PyTorch's own operators are differentiated"
-    return None
+        where = "torch.func transforms (vmap, grad, jvp, ...)"
+    elif forward_ad._current_level >= 0:
+        where = "forward-mode AD"
+    else:
+        return None
+    instead = "implementation='reference' consists of them"
+    return f"within {where} only PyTorch's own operators are differentiated; {instead}"
 
 
 _capabilities: dict[int, tuple[int, int]] = {}

@@ -8,6 +8,12 @@ from torch import Tensor
 
 
 @triton.jit
+def _column_tile():
+    """Which column tile a program of a grid of `walk_grid` has."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def _multiple_of(size, ALIGNMENT: tl.constexpr):
     """The size itself, which ALIGNMENT divides, in a form that shows it to the compiler.
 

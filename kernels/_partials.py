@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels._config import warps_of
+from fastattn.kernels._norm_tiles import _load_tile
 from fastattn.kernels._target import Target
-from fastattn.kernels.norm_backward import _sum_partials_kernel
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype, target: Target) -> Tensor:
-    """The sums (width,) over the rows of `partials` (count, width), in a dtype."""
-    count, width = partials.shape
-    out = partials.new_empty(width, dtype=dtype)
-    block_m, block_n = (4, 64) if target.backend == "interpreter" else (64, 32)
-    _sum_partials_kernel[(triton.cdiv(width, block_n), 1)](
+@triton.jit(do_not_specialize=["COUNT"])
+def _sum_partials_kernel(
+    partials_ptr,
+    first_ptr,
+    second_ptr,
+    COUNT,
+    WIDTH,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program adds up COUNT rows of one parameter's partial sums; grid (column tiles, parameters).
+
+    partials_ptr is (parameters, COUNT, WIDTH) in float32. The sums of its first matrix go to first_ptr, those
+    of its second to second_ptr, each in that parameter's dtype.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    parameter = tl.program_id(1)
+    partials_ptr += parameter.to(tl.int64) * COUNT * WIDTH
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, COUNT, BLOCK_M):
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = (rows < COUNT)[:, None] & (columns < WIDTH)[None, :]  # the last rows and columns overrun
+        total += _load_tile(partials_ptr + rows[:, None] * WIDTH, columns, inside)
+    result = tl.sum(total, axis=0)  # (BLOCK_N,)
+    if parameter == 0:
+        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=columns < WIDTH)
+    else:
+        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=columns < WIDTH)
+
+
+def add_up_partials(
+    partials: Tensor, sums: Sequence[Tensor], block_m: int, block_n: int, num_warps: int
+) -> None:
+    """Fills one or two tensors (width,) with the sums over `partials` (1 or 2, count, width), block_m at a time."""
+    _, count, width = partials.shape
+    _sum_partials_kernel[(triton.cdiv(width, block_n), len(sums))](
         partials_ptr=partials,
-        first_ptr=out,
-        second_ptr=out,
+        first_ptr=sums[0],
+        second_ptr=sums[-1],
         COUNT=count,
         WIDTH=width,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=warps_of(4, target),
+        num_warps=num_warps,
     )
-    return out
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype, target: Target) -> Tensor:
+    """The sums (width,) over the rows of `partials` (count, width), in a dtype."""
+    total = partials.new_empty(partials.size(1), dtype=dtype)
+    block_m, block_n = (4, 64) if target.backend == "interpreter" else (64, 32)
+    add_up_partials(partials[None], [total], block_m, block_n, warps_of(4, target))
+    return total

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
-from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile, as_rows
+from fastattn.kernels._config import walk_grid
+from fastattn.kernels._norm_tiles import _column_tile, _load_tile, _multiple_of, _store_tile, as_rows
 from fastattn.kernels._partials import sum_partials
 from fastattn.kernels._pointwise_config import (
     TileConfig,
@@ -83,7 +84,7 @@ def _bias_activation_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program walks its share of the rows, BLOCK_M at a time; grid (programs, column tiles).
+    """One program walks its share of the rows, BLOCK_M at a time; grid of `walk_grid`.
 
     It writes dx and y, where these are given, and its sums for dbias to its row of partials_ptr, (programs, WIDTH) in
     float32. dx and y are contiguous, dy and x have unit column strides.
@@ -91,7 +92,7 @@ def _bias_activation_backward_kernel(
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     stride_dym, stride_xm = _multiple_of(stride_dym, ALIGNMENT), _multiple_of(stride_xm, ALIGNMENT)
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = _column_tile() * BLOCK_N + tl.arange(0, BLOCK_N)
     column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
     if bias_ptr is not None:
         bias = _load_bias(bias_ptr, columns, WIDTH)
@@ -190,13 +191,12 @@ def bias_activation_backward(
     target = _target.target_of(x.device)
     if config is None:
         config = select_walk_config(width, alignment, x.dtype, target)
-    column_tiles = triton.cdiv(width, config.block_n)
-    programs = min(triton.cdiv(config.programs, column_tiles), triton.cdiv(rows, config.block_m))
+    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
     partials = None
     if dbias_dtype is not None:
-        partials = x.new_empty((programs, width), dtype=torch.float32)
+        partials = x.new_empty((grid[0], width), dtype=torch.float32)
     with _target.launching_on(x):
-        _bias_activation_backward_kernel[(programs, column_tiles)](
+        _bias_activation_backward_kernel[grid](
             dy_ptr=dy,
             x_ptr=x,
             bias_ptr=None if bias is None else bias.contiguous(),

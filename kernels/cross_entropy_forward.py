@@ -250,19 +250,19 @@ def cross_entropy_forward(
 
     Returns:
         the loss in `loss_dtype`; statistics (2, ...) in float32, the maximum and the logarithm of the sum of
-        exponentials relative to it; and the number of rows that are kept, in float32 (0 with reduction "none").
+        exponentials relative to it; and the number of rows that are kept, in float32 (with reduction "none", which
+        needs none, an empty tensor).
     """
     shape = logits.shape[:-1]
     losses = logits.new_empty(shape, dtype=loss_dtype if reduction == "none" else torch.float32)
     statistics = logits.new_empty((2, *shape), dtype=torch.float32)
-    kept = logits.new_zeros((), dtype=torch.float32)
     _launch_forward(
         logits, target, None, losses, statistics, ignore_index, label_smoothing, z_loss, softcap,
         all_rows=all_rows, writes_gradient=False, config=config,
     )  # fmt: skip
     if reduction == "none":
-        return losses, statistics, kept
-    loss = logits.new_empty((), dtype=loss_dtype)
+        return losses, statistics, statistics.new_empty(0)
+    loss, kept = logits.new_empty((), dtype=loss_dtype), statistics.new_empty(())
     with _target.launching_on(logits):
         _reduce_losses_kernel[(1,)](
             losses_ptr=losses,

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import dropout_of, matrix_of
+from fastattn.kernels._config import walk_grid
 from fastattn.kernels._dropout import _dropped_rows
 from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
+    _column_tile,
     _inverse,
     _load_column,
     _load_scale,
@@ -31,6 +33,7 @@ from fastattn.kernels._norm_tiles import (
     _x_hat,
     as_rows,
 )
+from fastattn.kernels._partials import add_up_partials
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -60,7 +63,7 @@ def _norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program walks its share of the rows, BLOCK_M at a time; grid (programs, column tiles).
+    """One program walks its share of the rows, BLOCK_M at a time; grid of `walk_grid`.
 
     `kept` is what was normalized or, FROM_OUTPUT, y. The gradient of what was normalized goes to dsum_ptr, that of the
     branch behind dropout and rowscale to dx_ptr; None: not asked for. They need whole rows in a tile, or row_means_ptr,
@@ -70,7 +73,7 @@ def _norm_backward_kernel(
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     NEEDS_DX: tl.constexpr = dsum_ptr is not None or dx_ptr is not None
     program = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK_N
+    start = _column_tile() * BLOCK_N
     columns = start + tl.arange(0, BLOCK_N)
     column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
     scale = _load_scale(weight_ptr, columns, WIDTH, BLOCK_M, ZERO_CENTERED)
@@ -174,36 +177,6 @@ def _norm_row_means_kernel(
     tl.store(row_means_ptr + ROWS + rows, tl.sum(sum_wdy_x_hat, axis=1) / WIDTH, mask=row_inside)
 
 
-@triton.jit(do_not_specialize=["COUNT"])
-def _sum_partials_kernel(
-    partials_ptr,
-    first_ptr,
-    second_ptr,
-    COUNT,
-    WIDTH,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program adds up COUNT rows of one parameter's partial sums; grid (column tiles, parameters).
-
-    partials_ptr is (parameters, COUNT, WIDTH) in float32. The sums of its first matrix go to first_ptr, those
-    of its second to second_ptr, each in that parameter's dtype.
-    """
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    parameter = tl.program_id(1)
-    partials_ptr += parameter.to(tl.int64) * COUNT * WIDTH
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, COUNT, BLOCK_M):
-        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-        inside = (rows < COUNT)[:, None] & (columns < WIDTH)[None, :]  # the last rows and columns overrun
-        total += _load_tile(partials_ptr + rows[:, None] * WIDTH, columns, inside)
-    result = tl.sum(total, axis=0)  # (BLOCK_N,)
-    if parameter == 0:
-        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=columns < WIDTH)
-    else:
-        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=columns < WIDTH)
-
-
 def norm_backward(
     dy: Tensor,
     dresidual_out: Tensor | None,
@@ -243,30 +216,21 @@ def norm_backward(
         The gradient of h, which is that of the residual and of an x without dropout and rowscale; that of x; both
         contiguous; dweight and dbias. An empty tensor stands for each gradient not asked for.
     """
-    shape = kept.shape[kept.dim() - dims :]
-    dsum, dx = (kept.new_empty(0 if d is None else kept.shape, dtype=d) for d in (dsum_dtype, dx_dtype))
-    dweight, dbias = (
-        kept.new_empty(0 if d is None else shape, dtype=d) for d in (dweight_dtype, dbias_dtype)
-    )
-    rows, width = rstd.numel(), math.prod(shape)
+    dtypes = (dsum_dtype, dx_dtype, dweight_dtype, dbias_dtype)
+    dsum, dx, dweight, dbias = gradients = _empty_gradients(kept, dims, dtypes)
     if kept.numel() == 0:
         return dsum, dx, dweight.zero_(), dbias.zero_()
-    needs_dx = dsum_dtype is not None or dx_dtype is not None
-    if not (needs_dx or dweight.numel() or dbias.numel()):
-        return dsum, dx, dweight, dbias
-    dy, kept = as_rows(dy, rows, width), as_rows(kept, rows, width)
-    loaded = [dy, kept]
-    if dresidual_out is not None:
-        dresidual_out = as_rows(dresidual_out, rows, width)
-        loaded.append(dresidual_out)
+    if not any(gradient.numel() for gradient in gradients):
+        return gradients
+    rows, width = rstd.numel(), math.prod(kept.shape[kept.dim() - dims :])
+    loaded = [as_rows(t, rows, width) for t in (dy, kept, dresidual_out) if t is not None]
     alignment = math.gcd(width, *(t.stride(0) for t in loaded), 16)
     if config is None:
-        heavy = from_output or dropout_seed is not None
-        target = _target.target_of(kept.device)
+        heavy, target = from_output or dropout_seed is not None, _target.target_of(kept.device)
         config = select_norm_backward_config(width, alignment, [t.dtype for t in loaded], heavy, target)
-    arguments: dict[str, Any] = {
-        "dy": matrix_of(dy),
-        "kept": matrix_of(kept),
+    shared: dict[str, Any] = {
+        "dy": matrix_of(loaded[0]),
+        "kept": matrix_of(loaded[1]),
         "weight_ptr": None if weight is None else weight.contiguous(),
         "bias_ptr": bias.contiguous() if bias is not None and from_output else None,
         "mean_ptr": mean.contiguous() if mean is not None and centered and not from_output else None,
@@ -278,58 +242,73 @@ def norm_backward(
         "FROM_OUTPUT": from_output,
         "ALIGNMENT": alignment,
     }
-    walk = config.walk
-    column_tiles = triton.cdiv(width, walk.block_n)
-    programs = min(triton.cdiv(config.programs, column_tiles), triton.cdiv(rows, walk.block_m))
-    parameters = [gradient for gradient in (dweight, dbias) if gradient.numel()]
-    partials = rstd.new_empty((len(parameters), programs, width)) if parameters else None
+    branch = {
+        "dresidual_out": None if dresidual_out is None else matrix_of(loaded[2]),
+        "rowscale_ptr": None if rowscale is None else rowscale.contiguous(),
+        "dropout": dropout_of(dropout_seed, dropout_p),
+    }
     with _target.launching_on(kept):
-        row_means = None
-        if needs_dx and column_tiles > 1:
-            row_means = _launch_row_means(rows, config.row_means, rstd, arguments)
-        _norm_backward_kernel[(programs, column_tiles)](
-            dresidual_out=None if dresidual_out is None else matrix_of(dresidual_out),
-            rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
-            dropout=dropout_of(dropout_seed, dropout_p),
-            row_means_ptr=row_means,
-            dsum_ptr=None if dsum_dtype is None else dsum,
-            dx_ptr=None if dx_dtype is None else dx,
-            partials_ptr=partials,
-            NEEDS_DWEIGHT=dweight.numel() > 0,
-            NEEDS_DBIAS=dbias.numel() > 0,
-            NUM_STAGES=walk.num_stages,
-            BLOCK_M=walk.block_m,
-            BLOCK_N=walk.block_n,
-            num_warps=walk.num_warps,
-            **arguments,
-        )
-        if partials is not None:
-            _launch_sums(partials, parameters, config.sums)
+        _launch(gradients, rstd, config, shared, branch)
+    return gradients
+
+
+def _empty_gradients(
+    kept: Tensor, dims: int, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for dsum, dx, dweight and dbias; an empty tensor for a dtype of None."""
+    shapes = (kept.shape, kept.shape, *(kept.shape[kept.dim() - dims :],) * 2)
+    dsum, dx, dweight, dbias = (
+        kept.new_empty(0 if dtype is None else shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
     return dsum, dx, dweight, dbias
 
 
-def _launch_row_means(rows: int, config: NormConfig, rstd: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _launch(
+    gradients: tuple[Tensor, ...],
+    rstd: Tensor,
+    config: NormBackwardConfig,
+    shared: dict[str, Any],
+    branch: dict[str, Any],
+) -> None:
+    """Fills the gradients that are not empty.
+
+    `shared` are arguments of both kernels that read dy, `branch` those of the second of them alone.
+    """
+    dsum, dx, dweight, dbias = (gradient if gradient.numel() else None for gradient in gradients)
+    parameters = [gradient for gradient in (dweight, dbias) if gradient is not None]
+    walk, (rows, width) = config.walk, (shared["ROWS"], shared["WIDTH"])
+    grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
+    row_means = None
+    if walk.block_n < width and (dsum is not None or dx is not None):
+        row_means = _launch_row_means(rows, config.row_means, rstd, shared)
+    partials = rstd.new_empty((len(parameters), grid[0], width)) if parameters else None
+    _norm_backward_kernel[grid](
+        row_means_ptr=row_means,
+        dsum_ptr=dsum,
+        dx_ptr=dx,
+        partials_ptr=partials,
+        NEEDS_DWEIGHT=dweight is not None,
+        NEEDS_DBIAS=dbias is not None,
+        NUM_STAGES=walk.num_stages,
+        BLOCK_M=walk.block_m,
+        BLOCK_N=walk.block_n,
+        num_warps=walk.num_warps,
+        **shared,
+        **branch,
+    )
+    if partials is not None:
+        sums = config.sums
+        add_up_partials(partials, parameters, sums.block_m, sums.block_n, sums.num_warps)
+
+
+def _launch_row_means(rows: int, config: NormConfig, rstd: Tensor, shared: dict[str, Any]) -> Tensor:
     row_means = rstd.new_empty((2, rows))
     _norm_row_means_kernel[(triton.cdiv(rows, config.block_m),)](
         row_means_ptr=row_means,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
-        **arguments,
+        **shared,
     )
     return row_means
-
-
-def _launch_sums(partials: Tensor, parameters: list[Tensor], config: NormConfig) -> None:
-    """Fills the one or two parameters' gradients."""
-    _, programs, width = partials.shape
-    _sum_partials_kernel[(triton.cdiv(width, config.block_n), len(parameters))](
-        partials_ptr=partials,
-        first_ptr=parameters[0],
-        second_ptr=parameters[-1],
-        COUNT=programs,
-        WIDTH=width,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-    )

@@ -106,7 +106,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             self.linear.weight,
             target,
             linear_bias=self.linear.bias,
-            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,

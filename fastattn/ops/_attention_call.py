@@ -50,7 +50,7 @@ def check_attention(
         isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
         and q.is_floating_point() and k.is_floating_point() and v.is_floating_point()
     ):  # fmt: skip
-        check_floating(q=q, k=k, v=v)
+        check_floating("q", "k", "v", q=q, k=k, v=v)
     check_attention_shapes(q, k, v, packed=features is not None and features.cu_seqlens_q is not None)
     if not q.device == k.device == v.device:
         check_same_device("q", q, k=k, v=v)

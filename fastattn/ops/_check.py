@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 
-def check_floating(**tensors: Tensor | None) -> None:
-    """Raises TypeError for an argument that is no floating-point tensor; None stands for one not given."""
+def check_floating(*needed: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError for an argument that is no floating-point tensor.
+
+    None stands for one not given, which those named in `needed` must be.
+    """
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name not in needed:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")

@@ -347,7 +347,9 @@ def _loss_by_operators(
     """
     ignore_index, _, smoothing, z_loss, softcap = options
     ignored = target == ignore_index
-    named = target.long().masked_fill(ignored, 0).unsqueeze(1)  # (rows, 1)
+    target = target.long()
+    named_a_class = (target >= 0) & (target < x.size(1))
+    named = target.masked_fill(~named_a_class, 0).unsqueeze(1)  # (rows, 1)
     capped = None
     if softcap is not None:
         x = x.div_(softcap).tanh_()
@@ -359,7 +361,9 @@ def _loss_by_operators(
     distance = -x.gather(1, named).squeeze(1)
     if smoothing:
         distance.mul_(1.0 - smoothing).sub_(x.mean(1), alpha=smoothing)
-    total = x.exp_().sum(1)
+    # A target that is no class makes its row's loss and gradient NaN; PyTorch's operators would assert on a GPU, which
+    # ends the process.
+    total = x.exp_().sum(1).masked_fill_(~(named_a_class | ignored), math.nan)
     log_sum = total.log()
     torch.add(log_sum, distance, out=losses)
     of_softmax, of_target = total.reciprocal_(), torch.full_like(total, smoothing - 1.0)

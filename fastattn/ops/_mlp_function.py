@@ -155,6 +155,7 @@ class MlpFunction(torch.autograd.Function):
             act if keeps_act else None,
         )
         ctx.activation, ctx.path, ctx.x_shape = activation, path, x.shape
+        del pre  # where it is not kept, before the second product asks for memory
         return linear(act, w2, b2).reshape(*x.shape[:-1], w2.size(0))
 
     @staticmethod

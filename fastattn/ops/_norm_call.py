@@ -58,7 +58,7 @@ def check(
     """Raises TypeError, ValueError or NotSupported for arguments that no implementation takes."""
     # Asked in one expression first, because a call by keyword for each check costs a microsecond of host time.
     if not (x is not None and _fits(x, x) and _fits(weight, x) and _fits(bias, x)):
-        check_floating(x=x, weight=weight, bias=bias)
+        check_floating("x", x=x, weight=weight, bias=bias)
         check_same_device("x", x, weight=weight, bias=bias)
     shape = _as_shape(normalized_shape)
     if x.shape[-len(shape) :] != shape:

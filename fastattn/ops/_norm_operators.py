@@ -132,8 +132,12 @@ class NormFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
+        # The sum where only the parameters are trained; what follows it is then not recorded for nothing.
+        constants = [] if asked.sum_dtype is None or any(ctx.needs_input_grad[2:4]) else [summed]
         if return_statistics:
-            ctx.mark_non_differentiable(mean, rstd) if asked.centered else ctx.mark_non_differentiable(rstd)
+            constants += [mean, rstd] if asked.centered else [rstd]
+        if constants:
+            ctx.mark_non_differentiable(*constants)
         return _asked_for(asked, return_statistics, y, summed, mean, rstd)
 
     @staticmethod
@@ -142,8 +146,10 @@ class NormFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         dresidual_out = None if ctx.options.sum_dtype is None else others[0]
         if dy is None:
-            dy = torch.zeros(saved[0].shape, dtype=ctx.options.out_dtype, device=saved[0].device)
-        if torch.is_grad_enabled() and not ctx.from_output:
+            # y is not used: the norm has no part in any gradient, and its x_hat, of which a zero weight behind a saved
+            # y leaves NaN, is not asked for.
+            found = [*_branch_gradients(ctx, saved, dresidual_out), None, None]
+        elif torch.is_grad_enabled() and not ctx.from_output:
             found = _differentiable_backward(ctx, saved, dy, dresidual_out)
         else:
             found = _kernel_backward(ctx, saved, dy, dresidual_out)
@@ -206,9 +212,9 @@ def _differentiable_backward(
     ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, dresidual_out: Tensor | None
 ) -> list[Tensor | None]:
     """As `_kernel_backward`, from PyTorch's operators."""
-    kept, weight, _, rowscale, dropout_seed, _, _ = saved
+    kept, weight = saved[:2]
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[2:6]
-    dims, eps, centered, zero_centered, dropout_p, _, out_dtype = ctx.options
+    dims, eps, centered, zero_centered, _, _, out_dtype = ctx.options
     shape = kept.shape[kept.dim() - dims :]
     # No gradient depends on bias, so any value will do.
     bias = None if ctx.bias_dtype is None else kept.new_zeros(shape, dtype=ctx.bias_dtype).requires_grad_()
@@ -220,19 +226,28 @@ def _differentiable_backward(
         (need_x or need_residual, need_weight, need_bias),
         dy,
     )
+    if dsum is not None and dresidual_out is not None:
+        dsum = dsum + dresidual_out
+    return [*_branch_gradients(ctx, saved, dsum), dweight, dbias]
+
+
+def _branch_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], dsum: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and residual from that of their sum, by PyTorch's operators; None for those not asked for."""
+    kept, _, _, rowscale, dropout_seed, _, _ = saved
+    need_x, need_residual = ctx.needs_input_grad[2:4]
     if dsum is None:
-        return [None, None, dweight, dbias]
-    dx = dsum = dsum if dresidual_out is None else dsum + dresidual_out
-    if rowscale is not None:
-        dx = dx * rowscale.reshape(rowscale.shape + (1,) * dims)
-    if dropout_seed is not None:
-        dx = dx * dropout_factors(kept, dropout_seed, dims, dropout_p)
-    return [
+        return None, None
+    dx, dims = dsum, ctx.options.dims
+    if need_x and rowscale is not None:
+        dx = dx * rowscale.float().reshape(rowscale.shape + (1,) * dims)
+    if need_x and dropout_seed is not None:
+        dx = dx * dropout_factors(kept, dropout_seed, dims, ctx.options.dropout_p)
+    return (
         dx.to(ctx.x_dtype) if need_x else None,
         dsum.to(ctx.residual_dtype) if need_residual else None,
-        dweight,
-        dbias,
-    ]
+    )
 
 
 def dropout_factors(like: Tensor, dropout_seed: Tensor, dims: int, dropout_p: float) -> Tensor:

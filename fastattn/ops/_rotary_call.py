@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def pack_rotary(
 ) -> tuple[Any, ...]:
     for name, x in zip(names, tensors, strict=True):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            check_floating(**{name: x})
+            check_floating(name, **{name: x})
         if x.dim() == 4 and cu_seqlens is None:
             continue
         if x.dim() != 3 or (cu_seqlens is None and positions is None):
@@ -62,7 +63,7 @@ def pack_rotary(
 def check_rotary(tensors: Sequence[Tensor], call: RotaryCall, max_seqlen: int | None, inplace: bool) -> None:
     x, cos, sin = tensors[0], call.cos, call.sin
     if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
-        check_floating(cos=cos, sin=sin)
+        check_floating("cos", "sin", cos=cos, sin=sin)
     _check_tables(x, cos, sin)
     if len(tensors) == 2:
         _check_two(*tensors)
@@ -153,8 +154,8 @@ def _check_range(first: int, end: int, cos: Tensor, rows: int) -> None:
 
 def _check_writable(tensors: Sequence[Tensor]) -> None:
     """Raises, before anything is written, where PyTorch would for an operation in place."""
-    if len(tensors) == 2 and tensors[0] is tensors[1]:
-        raise ValueError("q and k are one tensor, which cannot be rotated in place twice at a time")
+    if len(tensors) == 2:
+        _check_apart(*tensors)
     for x in tensors:
         if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
@@ -172,6 +173,57 @@ def _check_writable(tensors: Sequence[Tensor]) -> None:
                 "a view that was made beside others by one function (unbind, split, chunk), or without gradients, "
                 "cannot be rotated in place; index its base instead, as in qkv[:, 0]"
             )
+
+
+def _check_apart(q: Tensor, k: Tensor) -> None:
+    """Raises where q and k share an element, which would be turned twice, or by two programs at a time."""
+    if q is k:
+        raise ValueError("q and k are one tensor, which cannot be rotated in place twice at a time")
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):
+        return
+    distance = k.storage_offset() - q.storage_offset()
+    if _share_elements(q.shape, q.stride(), k.shape, k.stride(), distance):
+        raise ValueError(
+            f"q and k overlap in memory and cannot be rotated in place: shapes {tuple(q.shape)} and {tuple(k.shape)}, "
+            f"strides {q.stride()} and {k.stride()}, k begins {distance} elements behind q; clone one of them before"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _share_elements(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    other_strides: tuple[int, ...],
+    distance: int,
+) -> bool:
+    """Whether two tensors of one memory have an element in common, the second beginning `distance` behind the first.
+
+    Views of packed q, k and v lie within each other's range and have none.
+    """
+    if 0 in shape or 0 in other_shape:
+        return False
+    # sum(index * stride) of the one is distance + sum(index * stride) of the other; equal strides are one term.
+    bounds: dict[int, list[int]] = {}
+    for size, stride in zip(shape, strides, strict=True):
+        bounds.setdefault(stride, [0, 0])[1] += size - 1
+    for size, stride in zip(other_shape, other_strides, strict=True):
+        bounds.setdefault(stride, [0, 0])[0] -= size - 1
+    bounds.pop(0, None)
+    return _is_sum(distance, sorted(((stride, *ends) for stride, ends in bounds.items()), reverse=True))
+
+
+def _is_sum(number: int, terms: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether it is a sum of stride * n, with an n from least to most for each (stride, least, most).
+
+    By descending strides what is left must be within reach of the smaller ones, so that few n are tried for each.
+    """
+    if not terms:
+        return number == 0
+    (stride, least, most), *rest = terms
+    low, high = (sum(term[0] * term[end] for term in rest) for end in (1, 2))
+    first, last = max(least, -((high - number) // stride)), min(most, (number - low) // stride)
+    return any(_is_sum(number - n * stride, rest) for n in range(first, last + 1))
 
 
 def _made_beside_others(view: Tensor) -> bool:

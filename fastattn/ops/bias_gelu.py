@@ -75,7 +75,7 @@ class BiasGeluFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, bias: Tensor, approximate: str) -> None:
-    check_floating(x=x, bias=bias)
+    check_floating("x", "bias", x=x, bias=bias)
     check_same_device("x", x, bias=bias)
     check_approximate(approximate)
     if x.dim() == 0:

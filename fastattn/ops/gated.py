@@ -88,7 +88,7 @@ class PackedGatedFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, gate: Tensor | None, activation: str, gate_first: bool) -> None:
-    check_floating(x=x, gate=gate)
+    check_floating("x", x=x, gate=gate)
     if gate is None:
         if x.dim() == 0 or x.size(-1) % 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; without a gate its last size must be even")

@@ -47,7 +47,7 @@ class GeluFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, approximate: str) -> None:
-    check_floating(x=x)
+    check_floating("x", x=x)
     check_approximate(approximate)
 
 

@@ -160,7 +160,7 @@ def _pack(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
     label_smoothing: float,
     z_loss: float,
@@ -168,6 +168,8 @@ def _pack(
     memory_budget: int | None,
     out_dtype: torch.dtype | None,
 ) -> Arguments:
+    if ignore_index is None:
+        ignore_index = -100
     options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap)
     return input, linear_weight, linear_bias, target, options, memory_budget, out_dtype
 
@@ -181,7 +183,7 @@ def _check(
     memory_budget: int | None,
     out_dtype: torch.dtype | None,
 ) -> None:
-    check_floating(input=input, linear_weight=weight, linear_bias=bias)
+    check_floating("input", "linear_weight", input=input, linear_weight=weight, linear_bias=bias)
     check_same_device("input", input, linear_weight=weight, linear_bias=bias)
     check_options(options)
     check_target(target, input.device)
@@ -305,7 +307,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -326,7 +328,8 @@ def linear_cross_entropy(
         linear_weight: (classes, width), such as a tied embedding.
         target: (...), class indices in int64, int32 or uint8.
         linear_bias: (classes,) or None.
-        ignore_index, reduction, label_smoothing, z_loss, softcap: as for `fastattn.cross_entropy`.
+        ignore_index: as for `fastattn.cross_entropy`; None for -100, as PyTorch's function of this name has it.
+        reduction, label_smoothing, z_loss, softcap: as for `fastattn.cross_entropy`.
         memory_budget: bytes that a chunk's logits, and what is made of them, may take; at least one row is taken. None:
             a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere
             (256 of 16 bits).

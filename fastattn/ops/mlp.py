@@ -38,7 +38,8 @@ def _check(
     # The usual case at once, at half the host time. Not while the compiler traces.
     if not torch.compiler.is_compiling() and _fit(x, w1, b1, w2, b2):
         return
-    check_floating(x=x, fc1_weight=w1, fc1_bias=b1, fc2_weight=w2, fc2_bias=b2)
+    needed = ("x", "fc1_weight", "fc2_weight")
+    check_floating(*needed, x=x, fc1_weight=w1, fc1_bias=b1, fc2_weight=w2, fc2_bias=b2)
     check_same_device("x", x, fc1_weight=w1, fc1_bias=b1, fc2_weight=w2, fc2_bias=b2)
     if x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2:
         raise ValueError(

@@ -64,7 +64,12 @@ class RotaryFunction(torch.autograd.Function):
     def forward(ctx: Any, by_kernel: bool, *arguments: Any) -> tuple[Tensor, ...]:
         call, tensors = RotaryCall(*arguments[:8]), arguments[8:]
         _save(ctx, by_kernel, call)
-        return tuple(_rotate(tensors, *call) if by_kernel else rotate_by_operators(tensors, *call))
+        results = tuple(_rotate(tensors, *call) if by_kernel else rotate_by_operators(tensors, *call))
+        if not all(ctx.needs_input_grad[9:]):
+            # Of q and k the one that is not trained, which would make autograd record all that follows it.
+            needed = zip(results, ctx.needs_input_grad[9:], strict=True)
+            ctx.mark_non_differentiable(*(y for y, need in needed if not need))
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -31,7 +31,7 @@ class _Refused(Exception):
 
 
 def _check_sdpa(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> None:
-    check_floating(query=query, key=key, value=value)
+    check_floating("query", "key", "value", query=query, key=key, value=value)
 
 
 def _overrides(tensor: Tensor | None) -> bool:

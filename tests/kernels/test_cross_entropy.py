@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import reference
 from fastattn.kernels._loss_config import (
@@ -290,6 +291,27 @@ def test_sums_of_more_rows_than_one_tile(device: torch.device, monkeypatch: pyte
             loss, torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
         )
         assert kept == 8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_memory_is_not_filled_before_it_is_written(reduction: str, device: torch.device) -> None:
+    """Zeros for the number of kept rows were a launch of their own in every forward, and then written over."""
+    logits, target = make_tensor(3, 5, device=device), torch.tensor([0, 4, -100], device=device)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), keywords: Any = None) -> Any:
+            called.append(operator.__name__)
+            return operator(*given, **(keywords or {}))
+
+    torch.use_deterministic_algorithms(False)  # which fills memory with NaN for the tests
+    with Calls():
+        _, _, kept = cross_entropy_forward(
+            logits, target, -100, reduction, 0.0, 0.0, None, torch.float32, False
+        )
+    assert not [name for name in called if any(word in name for word in ("zero", "fill", "full", "ones"))]
+    assert kept.shape == ((0,) if reduction == "none" else ())
+    assert reduction == "none" or kept == 2
 
 
 def test_configs() -> None:

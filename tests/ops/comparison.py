@@ -10,6 +10,11 @@ from torch import Tensor
 
 from fastattn.testing import assert_accurate, make_tensor
 
+# The checks of `torch.library.opcheck` that go by the arguments. The last one takes ten times as long and traces the
+# operator with symbols for sizes, for which one call of each operator is enough.
+CHECKS_OF_ARGUMENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL_CHECKS = (*CHECKS_OF_ARGUMENTS, "test_aot_dispatch_dynamic")
+
 
 def results(
     function: Callable[..., Tensor], tensors: Sequence[Tensor | None], **options: Any

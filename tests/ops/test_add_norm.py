@@ -122,45 +122,6 @@ def test_without_a_residual_the_sum_is_x(name: str, implementation: str, device:
     torch.testing.assert_close(dx, torch.autograd.grad(plain.square().sum(), x)[0] + 1.0)
 
 
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("part", ["y", "h"])
-def test_a_gradient_that_arrives_at_one_result_alone(
-    part: str, implementation: str, device: torch.device
-) -> None:
-    inputs = leaves(4, device=device)
-    y, h = add_norm("add_layer_norm", *inputs, implementation=implementation)
-    found = torch.autograd.grad((y if part == "y" else h).pow(3).sum(), inputs, allow_unused=True)
-    y, h = add_norm("add_layer_norm", *inputs, implementation="reference")
-    expected = torch.autograd.grad((y if part == "y" else h).pow(3).sum(), inputs, allow_unused=True)
-    for ours, theirs in zip(found, expected, strict=True):
-        if theirs is None:
-            assert ours is None or not ours.any()
-        else:
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("needed", ["x", "r", "w", "rw"])
-@pytest.mark.parametrize("dropout_p", [0, 0.5])
-def test_frozen_inputs_get_no_gradient(needed: str, dropout_p: float, device: torch.device) -> None:
-    inputs = leaves(4, device=device)
-    for letter, tensor in zip("xrw", inputs, strict=True):
-        tensor.requires_grad_(letter in needed)
-    y, h = add_norm("add_rms_norm", *inputs, dropout_p=dropout_p, implementation="triton")
-    (y.sum() + h.sum()).backward()
-    assert [tensor.grad is not None for tensor in inputs] == [letter in needed for letter in "xrw"]
-
-
-def test_one_tensor_is_the_gradient_of_x_and_residual(device: torch.device) -> None:
-    """And what a caller does with one of them does not change the other's."""
-    inputs = leaves(4, device=device)
-    y, _ = add_norm("add_layer_norm", *inputs, implementation="triton")
-    y.square().sum().backward()
-    x, residual, _ = inputs
-    expected = residual.grad.clone()
-    x.grad.zero_()
-    assert torch.equal(residual.grad, expected)
-
-
 def dropped(x: Tensor, implementation: str | None = "triton", p: float = 0.4) -> Tensor:
     """What dropout makes of x: the sum without a residual."""
     return add_norm("add_rms_norm", x, None, None, dropout_p=p, implementation=implementation)[1]
@@ -217,35 +178,6 @@ def test_checkpoint_drops_the_same_elements_again(implementation: str, device: t
         lambda: torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
     )
     assert all(torch.equal(a, b) for a, b in zip(run(lambda: block(*inputs)), kept, strict=True))
-
-
-@pytest.mark.parametrize("dropout_p", [0, 0.5])
-@pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives(name: str, dropout_p: float, device: torch.device) -> None:
-    """Through both results, with dropout's mask drawn again."""
-    inputs = leaves(4, device=device)
-    torch.manual_seed(3)
-    keep = dropped(torch.ones_like(inputs[0]), p=dropout_p) > 0
-
-    def true(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        h = reference.residual_sum(x, residual, dropout_p=dropout_p, keep=keep)
-        plain = reference.layer_norm if name == "add_layer_norm" else reference.rms_norm
-        return plain(h, WIDTH, weight), h
-
-    def ours(*inputs: Tensor) -> Any:
-        torch.manual_seed(3)
-        return add_norm(name, *inputs, dropout_p=dropout_p, implementation="triton")
-
-    def second(function: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y, h = function(*inputs)
-        total = y.pow(3).sum() + (h * y).sum()
-        first = torch.autograd.grad(total, inputs, create_graph=True)
-        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs)
-
-    peer = second(true, inputs)
-    truth = second(true, tuple(t.detach().double().requires_grad_() for t in inputs))
-    for found, rounded, exact in zip(second(ours, inputs), peer, truth, strict=True):
-        assert_accurate(found, rounded, exact, growth=10.0)
 
 
 @pytest.mark.parametrize("implementation", FAST)

@@ -1,4 +1,4 @@
-"""fastattn.linear_cross_entropy, through every implementation, in chunks of all sizes."""
+"""fastattn.linear_cross_entropy: values and gradients of every implementation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
-from benchmarks.memory import peak_memory
-from fastattn import dispatch, reference
-from fastattn.ops._loss_chunks import Chunks, chunk_rows, chunk_rows_of
+from fastattn import reference
 from fastattn.testing import assert_accurate, make_tensor
 
 ALL = ("triton", "torch", "reference")
@@ -95,16 +92,6 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("budget", [1, 4 * CLASSES * 4, 1 << 30, None])
-def test_chunks_change_nothing(budget: int | None, implementation: str, device: torch.device) -> None:
-    leaves, target = make_inputs("fp32", device)
-    found = results(
-        fastattn.linear_cross_entropy, leaves, target, memory_budget=budget, implementation=implementation
-    )
-    torch.testing.assert_close(found, results(formula, leaves, target))
-
-
-@pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_targets_and_gradients_that_lie_apart(
     reduction: str, implementation: str, device: torch.device
@@ -121,44 +108,6 @@ def test_targets_and_gradients_that_lie_apart(
             loss.sum().backward()  # with "none" each row's incoming gradient is the same element
             found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_chunk_rows() -> None:
-    """Without a budget a quarter of input and weight, but `least` rows; with one at least a row; even chunks."""
-
-    def rows(count: int, budget: int | None = None, least: int = 128) -> int:
-        return chunk_rows(count, 256, 32_768, 4, 4, least, budget)
-
-    assert rows(512) == 128  # a quarter of the weight is 64 rows
-    assert rows(8192, least=1024) == 1024
-    assert rows(100) == 100
-    assert rows(0) == 1
-    assert rows(512, budget=1) == 1
-    assert rows(512, budget=7 * 32_768 * 4) == 7
-    assert rows(512, budget=300 * 32_768 * 4) == 256
-    assert rows(1100, budget=1024 * 32_768 * 4) == 640  # not 1,024 and 76
-    assert rows(512, budget=1 << 40) == 512
-    # Wide models: a quarter of input and weight is 3,072 rows of logits in the same dtype.
-    assert chunk_rows(65_536, 8192, 131_072, 2, 2, 1024, None) == 3072
-    for count in (1, 129, 1000, 4097):
-        for budget in (None, 1, 200 * 32_768 * 4):
-            size = rows(count, budget)
-            assert 1 <= size <= max(count, 1)
-
-
-def test_operators_memory_is_counted() -> None:
-    """Logits in float32 are worked on in place; 16 bits take a copy in float32, a soft cap one more."""
-    input, weight = torch.empty(4096, 8, device="meta"), torch.empty(1000, 8, device="meta")
-    for dtype, softcap, triton, size in (
-        (torch.float32, None, False, 4),
-        (torch.float32, 3.0, False, 8),
-        (torch.bfloat16, None, False, 6),
-        (torch.bfloat16, 3.0, False, 10),
-        (torch.bfloat16, 3.0, True, 2),
-        (torch.float64, None, False, 8),
-    ):
-        how = Chunks(256 * 1000 * size, dtype, triton)
-        assert chunk_rows_of(input, weight, softcap, how) == 256
 
 
 @pytest.mark.parametrize("implementation", ALL)
@@ -182,67 +131,6 @@ def test_fits_the_models(implementation: str, device: torch.device) -> None:
         torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), weight, retain_graph=True)[0])
     vector = fastattn.linear_cross_entropy(x[0, 0], weight, target[0, 0], implementation=implementation)
     torch.testing.assert_close(vector, F.cross_entropy(F.linear(x[0, 0], weight), target[0, 0].long()))
-
-
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_is_the_first(reduction: str, implementation: str, device: torch.device) -> None:
-    """The first gives its gradients away, where a caller may write to them; the second makes them again."""
-    leaves, target = make_inputs("bf16", device)
-    leaves = tuple(t.requires_grad_() for t in leaves)
-    input, weight, bias = leaves
-    copies = [t.detach().clone() for t in leaves]
-    loss = fastattn.linear_cross_entropy(
-        input, weight, target, linear_bias=bias, reduction=reduction, memory_budget=TINY,
-        implementation=implementation,
-    )  # fmt: skip
-    dloss = torch.full_like(loss, 3.0)
-    first = torch.autograd.grad(loss, leaves, dloss, retain_graph=True)
-    kept = [t.clone() for t in first]
-    for gradient in first:
-        gradient.zero_()
-    for _ in range(2):
-        second = torch.autograd.grad(loss, leaves, dloss, retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
-    assert (dloss == 3.0).all() and all(torch.equal(a, b) for a, b in zip(copies, leaves, strict=True))
-
-
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_only_gradients_asked_for_are_made(
-    reduction: str, implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (input, weight, bias), target = make_inputs("fp32", device)
-    made = []
-    plain = fastattn.ops._loss_chunks._Sums.of
-
-    def of(*arguments: Any) -> Any:
-        made.append(arguments[2:5])
-        return plain(*arguments)
-
-    monkeypatch.setattr(fastattn.ops._loss_chunks._Sums, "of", staticmethod(of))
-
-    def run(*wanted: Tensor) -> tuple[Tensor, ...]:
-        made.clear()
-        loss = fastattn.linear_cross_entropy(
-            input, weight, target, linear_bias=bias, reduction=reduction, implementation=implementation
-        )
-        return torch.autograd.grad(loss.sum(), wanted) if wanted else ()
-
-    run()
-    assert made == [(False, False, False)]
-    weight.requires_grad_()
-    (dweight,) = run(weight)
-    assert made[-1] == (False, True, False) and len(made) == (2 if reduction == "none" else 1)
-    weight.requires_grad_(False)
-    bias.requires_grad_()
-    run(bias)
-    assert made[-1] == (False, False, True)
-    with torch.no_grad():
-        run()
-    assert made == [(False, False, False)]
-    expected = formula(input, weight.requires_grad_(), target, linear_bias=bias, reduction=reduction)
-    torch.testing.assert_close(dweight, torch.autograd.grad(expected.sum(), weight)[0])
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -345,197 +233,44 @@ def test_ignored_rows_and_minus_infinity(implementation: str, device: torch.devi
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_refused(reduction: str, implementation: str, device: torch.device) -> None:
-    leaves, target = make_inputs("fp32", device)
-    input, weight, bias = (t.requires_grad_() for t in leaves)
-    loss = fastattn.linear_cross_entropy(
-        input, weight, target, linear_bias=bias, reduction=reduction, implementation=implementation
-    )
-    gradients = torch.autograd.grad(loss.sum(), (input, weight, bias), create_graph=True)
-    for leaf in (input, weight):
-        with pytest.raises(
-            fastattn.NotSupported, match=r"linear_cross_entropy has no second derivative.* all logits"
-        ):
-            torch.autograd.grad(gradients[0].square().sum(), leaf, retain_graph=True)
-
-
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_with_dynamic_shapes(
-    reduction: str, implementation: str, device: torch.device
+@pytest.mark.parametrize("name", ["plain", "none-all"])
+def test_a_target_that_is_no_class_gives_nan(
+    name: str, implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames, compilations = CompileCounterWithBackend("aot_eager"), []
+    """As on a GPU, where targets are not looked at: PyTorch's gather asserted there, which ends the process.
 
-    def ours(*arguments: Any, **options: Any) -> Tensor:
-        return fastattn.linear_cross_entropy(
-            *arguments, memory_budget=TINY, reduction=reduction, implementation=implementation, **options
+    Every gradient of its row is NaN, and with it those of the parameters; other rows' are what they are without it.
+    """
+    monkeypatch.setattr("fastattn.ops._loss.checking", lambda tensor: False)
+    leaves, target = make_inputs("fp32", device)
+    options = {**OPTIONS[name], "implementation": implementation, "memory_budget": TINY}
+    without = results(fastattn.linear_cross_entropy, leaves, target, **options)
+    for wrong in (CLASSES, -1):
+        target[4] = wrong
+        found = results(fastattn.linear_cross_entropy, leaves, target, **options)
+        assert (
+            found["dinput"][4].isnan().all()
+            and found["dweight"].isnan().all()
+            and found["dbias"].isnan().all()
         )
-
-    compiled = torch.compile(ours, fullgraph=True, backend=frames, dynamic=True)
-    (input, weight, bias), target = make_inputs("fp32", device)
-    for rows in (5, 9, 11):
-        leaves = (input[:rows].clone(), weight, bias)
-        found = results(compiled, leaves, target[:rows].clone())
-        torch.testing.assert_close(found, results(formula, leaves, target[:rows], reduction=reduction))
-        compilations.append(frames.frame_count)
-    assert len(set(compilations)) == 1
-
-
-@pytest.mark.parametrize("implementation", FAST)
-def test_exports(implementation: str, device: torch.device) -> None:
-    class Loss(torch.nn.Module):
-        def forward(self, input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-            return fastattn.linear_cross_entropy(input, weight, target, implementation=implementation)
-
-    (input, weight, _), target = make_inputs("fp32", device)
-    rows = {0: torch.export.Dim("rows", min=2, max=100)}
-    program = torch.export.export(Loss(), (input[:6], weight, target[:6]), dynamic_shapes=(rows, None, rows))
-    torch.testing.assert_close(program.module()(input, weight, target), peer(input, weight, target))
-
-
-@pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction: str, triton: bool, device: torch.device) -> None:
-    operators = torch.ops.fastattn
-    (input, weight, bias), target = make_inputs("bf16", device)
-    call = (-100, reduction, 0.1, 0.01, 3.0, TINY, torch.bfloat16, triton)
-    tensors = (input, weight, bias, target)
-    for needs in ((True, True, True), (False, True, False)):
-        forward = (*tensors, *needs, torch.float32, *call)
-        torch.library.opcheck(operators.linear_cross_entropy_forward.default, forward)
-        backward = (torch.ones(ROWS, device=device), *tensors, *needs, *call)
-        torch.library.opcheck(operators.linear_cross_entropy_backward.default, backward)
+        others = [row for row in range(ROWS) if row != 4]
+        if name == "none-all":
+            assert found["loss"].isnan().nonzero().flatten().tolist() == [4]
+            torch.testing.assert_close(found["dinput"][others], without["dinput"][others])
+        else:
+            assert found["loss"].isnan() and found["dinput"][others].isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("parameters", ["fp32", "bf16"])
-def test_autocast_is_that_of_linear(parameters: str, implementation: str, device: torch.device) -> None:
-    """Products in the autocast dtype, the loss in float32, gradients in each tensor's own dtype."""
-    (_, weight, bias), target = make_inputs(parameters, device)
-    input = make_inputs("fp32", device)[0][0]
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = results(
-            fastattn.linear_cross_entropy, (input, weight, bias), target, implementation=implementation
-        )
-        theirs = results(peer, (input, weight, bias), target)
-    assert found["loss"].dtype == torch.float32
-    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in theirs.items()}
-    rounded = tuple(t.bfloat16() for t in (input, weight, bias))
-    truth = results(formula, tuple(t.double() for t in rounded), target)
-    for name, actual in found.items():
-        assert (actual - truth[name]).abs().max() <= 2e-2 * truth[name].abs().max()
-    with pytest.raises(TypeError, match=r"have dtypes .*; one for all is needed"):
-        fastattn.linear_cross_entropy(input, weight.double(), target)
-
-
-@pytest.mark.parametrize("implementation", FAST)
-def test_checkpoint_gives_the_same_gradients(implementation: str, device: torch.device) -> None:
+def test_no_ignored_index_is_pytorchs_own(implementation: str, device: torch.device) -> None:
+    """None is -100, as for PyTorch's function of this name, where it has one."""
     (input, weight, _), target = make_inputs("fp32", device)
-    leaves = input.requires_grad_(), weight.requires_grad_()
-
-    def loss(input: Tensor, weight: Tensor) -> Tensor:
-        return fastattn.linear_cross_entropy(input, weight, target, implementation=implementation)
-
-    plain = torch.autograd.grad(loss(*leaves), leaves)
-    kept = torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=False)
-    assert all(torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(kept, leaves), strict=True))
-
-
-def test_gradients_accumulate(device: torch.device) -> None:
-    """Micro-batches into .grad, as a training loop has them."""
-    (input, weight, _), target = make_inputs("fp32", device)
-    weight = weight.requires_grad_()
-    for part in (slice(0, 5), slice(5, ROWS)):
-        fastattn.linear_cross_entropy(input[part], weight, target[part], reduction="sum").backward()
-    (expected,) = torch.autograd.grad(peer(input, weight, target, reduction="sum"), weight)
-    torch.testing.assert_close(weight.grad, expected)
-
-
-def test_transforms_are_refused_but_by_the_formula(device: torch.device) -> None:
-    (input, weight, _), target = make_inputs("fp32", device)
-
-    def loss(input: Tensor, name: str | None) -> Tensor:
-        return fastattn.linear_cross_entropy(input, weight, target, implementation=name)
-
-    for name in (None, *FAST):
-        with pytest.raises(fastattn.NotSupported, match=r"within torch.func transforms"):
-            torch.func.grad(lambda x, name=name: loss(x, name))(input)
-    found = torch.func.grad(lambda x: loss(x, "reference"))(input)
-    leaf = input.clone().requires_grad_()
-    torch.testing.assert_close(found, torch.autograd.grad(peer(leaf, weight, target), leaf)[0])
-
-
-def test_explain_shows_the_chunks(device: torch.device) -> None:
-    (input, weight, _), target = make_inputs("fp32", device)
-    call = fastattn.linear_cross_entropy, input, weight, target
-    explanation = fastattn.explain(*call, memory_budget=4 * CLASSES * 4)
-    assert explanation.implementation == "triton"
-    assert (
-        explanation.description
-        == "chunks of 4 rows, their products by PyTorch, losses and dlogits by Triton kernels"
+    found = fastattn.linear_cross_entropy(
+        input, weight, target, ignore_index=None, implementation=implementation
     )
-    double = fastattn.explain(call[0], input.double(), weight.double(), target)
-    assert double.implementation == "torch" and "float64 is not one of" in double.refusals["triton"]
-
-
-INPUT, WEIGHT, TARGET = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
-BAD_INPUTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "integers": ({"input": INPUT.long()}, TypeError, r"input has dtype=torch.int64; a floating-point"),
-    "weight-not-a-tensor": (
-        {"linear_weight": 1},
-        TypeError,
-        r"linear_weight must be a torch.Tensor, not int",
-    ),
-    "probabilities": ({"target": INPUT}, TypeError, r"target has dtype=torch.float32; class indices"),
-    "width": (
-        {"linear_weight": WEIGHT.t()},
-        ValueError,
-        r"\(2, 3, 4\) and linear_weight \(4, 5\); \(..., width\)",
-    ),
-    "target": ({"target": TARGET[0]}, ValueError, r"target has shape \(3,\); input's \(2, 3\) is needed"),
-    "bias": ({"linear_bias": WEIGHT[0]}, ValueError, r"linear_bias has shape \(4,\); \(5,\) is needed"),
-    "out_dtype": (
-        {"out_dtype": torch.int64},
-        TypeError,
-        r"out_dtype=torch.int64 must be a floating-point dtype",
-    ),
-    "budget": ({"memory_budget": 0}, ValueError, r"memory_budget=0 must be at least 1 byte, or None"),
-    "dtypes": ({"linear_weight": WEIGHT.half()}, TypeError, r"dtypes \(torch.float32, torch.float16, None\)"),
-    "device": (
-        {"linear_weight": WEIGHT.to("meta")},
-        ValueError,
-        r"linear_weight is on meta, but input is on",
-    ),
-    "class": ({"target": TARGET + 5}, IndexError, r"target holds 5; it must be in \[0, 5\)"),
-    "z-loss": ({"z_loss": -1.0}, ValueError, r"z_loss=-1.0 must be at least 0"),
-}
-
-
-@pytest.mark.parametrize("change, error, message", BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
-def test_bad_input_names_the_value(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        fastattn.linear_cross_entropy(
-            **({"input": INPUT, "linear_weight": WEIGHT, "target": TARGET} | change)
-        )
-
-
-def test_memory_on_a_cpu_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks, one gradient of the weight and one of the input, where whole logits take three times themselves."""
-    monkeypatch.setattr(dispatch, "INTERPRETING", False)
-    rows, width, classes = 512, 16, 4096
-    input = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(classes, width, requires_grad=True)
-    target = torch.randint(classes, (rows,))
-
-    def step(loss: Callable[..., Tensor]) -> None:
-        torch.autograd.grad(loss(input, weight, target), (input, weight))
-
-    logits = rows * classes * 4
-    gradients = (rows + classes) * width * 4
-    found = peak_memory(lambda: step(fastattn.linear_cross_entropy), "cpu")
-    assert found <= 1.05 * (logits / 4 + gradients)
-    assert found <= peak_memory(lambda: step(peer), "cpu") / 4
+    torch.testing.assert_close(found, peer(input, weight, target, ignore_index=-100))
+    if hasattr(F, "linear_cross_entropy"):
+        torch.testing.assert_close(found, F.linear_cross_entropy(input, weight, target, ignore_index=None))
 
 
 @pytest.mark.gpu
@@ -553,12 +288,3 @@ def test_real_sizes(reduction: str, device: torch.device) -> None:
     truth = results(formula, tuple(t.float() for t in leaves), target, **options)
     for name, actual in found.items():
         assert_accurate(actual, theirs[name], truth[name], name=name)
-
-
-@pytest.mark.gpu
-def test_nothing_waits_for_the_device(device: torch.device) -> None:
-    leaves, target = make_inputs("bf16", device)
-    for _ in range(2):  # the first call may try what products the device has
-        results(fastattn.linear_cross_entropy, leaves, target, memory_budget=TINY)
-        torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from benchmarks.memory import peak_memory
 from fastattn.kernels._linear_config import LinearConfig
 from fastattn.testing import make_tensor
 from tests.ops.comparison import (
@@ -177,6 +178,17 @@ def test_one_gradient_alone(wanted: int, save: str, implementation: str, device:
     (found,) = torch.autograd.grad(y.square().sum(), tensors[wanted])
     (expected,) = torch.autograd.grad(torch_mlp(*tensors).square().sum(), tensors[wanted])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_kept_is_freed_before_the_second_product() -> None:
+    """The activation's argument lived on beside its value and the output, which only save="both" has to pay for.
+
+    By PyTorch's operators: the interpreter holds on to what its kernels were given.
+    """
+    rows, hidden, out = 16, 64, 512
+    tensors = [t.requires_grad_() for t in make_inputs((rows,), 4, hidden, out, torch.device("cpu"))]
+    peak = peak_memory(lambda: fastattn.mlp(*tensors, save="input", implementation="torch"), "cpu")
+    assert peak < 4 * rows * (out + hidden + hidden // 2)
 
 
 @pytest.mark.parametrize("implementation", PATHS)

@@ -83,6 +83,45 @@ def test_blocks_of_operators_are_refused_within_transforms() -> None:
     assert torch.func.grad(lambda x: lse(x, "reference").sum())(X).shape == X.shape
 
 
+CLASSES = torch.tensor([[[0, 3, 1], [2, 1, 3]]])
+# Operations as functions of one tensor (1, 2, 3, 4) and of the implementation.
+FORCED: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "gelu": lambda x, name: fastattn.gelu(x, implementation=name),
+    "bias_gelu": lambda x, name: fastattn.bias_gelu(x, x[0, 0, 0], implementation=name),
+    "swiglu": lambda x, name: fastattn.swiglu(x, implementation=name),
+    "mlp": lambda x, name: fastattn.mlp(
+        x, x[0, 0], None, x[0, 0].t(), None, save="input", implementation=name
+    ),
+    "layer_norm": lambda x, name: fastattn.layer_norm(x, 4, implementation=name),
+    "add_rms_norm": lambda x, name: fastattn.add_rms_norm(x, x, 4, implementation=name)[0],
+    "rotary_embedding": lambda x, name: fastattn.rotary_embedding(
+        x, *fastattn.rotary_tables(3, 4), implementation=name
+    ),
+    "cross_entropy": lambda x, name: fastattn.cross_entropy(x[0, 0], CLASSES[0, 0], implementation=name),
+    "linear_cross_entropy": lambda x, name: fastattn.linear_cross_entropy(
+        x, x[0].flatten(0, 1), CLASSES, implementation=name
+    ),
+    "attention": lambda x, name: fastattn.attention(x, x, x, implementation=name),
+}
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_a_refusal_names_the_way_out_and_it_is_one(name: str) -> None:
+    """The error said that transforms are refused, and nothing of what to do instead."""
+
+    def loss(implementation: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: FORCED[name](x, implementation).square().sum()
+
+    with pytest.raises(
+        fastattn.NotSupported,
+        match=r"within torch.func transforms .*; implementation='reference' consists of",
+    ):
+        torch.func.grad(loss("triton"))(X)
+    leaf = X.clone().requires_grad_()
+    expected = torch.autograd.grad(loss("triton")(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss("reference"))(X), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_explain_names_the_transform() -> None:
     found = []
 
