@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
-from fastattn.kernels._config import walk_grid
+from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._norm_tiles import _column_tile, _load_tile, _multiple_of, _store_tile, as_rows
 from fastattn.kernels._partials import sum_partials
 from fastattn.kernels._pointwise_config import (
@@ -136,9 +136,7 @@ def bias_activation_forward(
     if config is None:
         config = select_tile_config(width, _target.target_of(x.device))
     with _target.launching_on(x):
-        _bias_activation_forward_kernel[
-            (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
-        ](
+        _bias_activation_forward_kernel[(ceil_div(rows, config.block_m) * ceil_div(width, config.block_n),)](
             x_ptr=x,
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,

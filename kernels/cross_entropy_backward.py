@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._loss_config import CrossEntropyConfig, select_cross_entropy_backward_config
 from fastattn.kernels._norm_tiles import _multiple_of
 from fastattn.kernels.cross_entropy_forward import (
@@ -166,7 +167,7 @@ def _launch_backward(
         config = select_cross_entropy_backward_config(classes, alignment, logits.dtype, target_device)
     if dloss is None:
         dloss = statistics.new_zeros(target.shape if reduction == "none" else ())
-    grid = (triton.cdiv(rows, config.block_m), triton.cdiv(classes, config.block_n))
+    grid = (ceil_div(rows, config.block_m), ceil_div(classes, config.block_n))
     with _target.launching_on(logits):
         _cross_entropy_backward_kernel[grid](
             dloss_ptr=dloss.contiguous(),

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._loss_config import (
     CrossEntropyConfig,
     RowStrides,
@@ -325,7 +326,7 @@ def _launch_forward(
         target_device = _target.target_of(logits.device)
         config = select_cross_entropy_forward_config(classes, alignment, logits.dtype, target_device)
     with _target.launching_on(logits):
-        _cross_entropy_forward_kernel[(triton.cdiv(rows, config.block_m),)](
+        _cross_entropy_forward_kernel[(ceil_div(rows, config.block_m),)](
             logits_ptr=logits,
             # The kernel reads them side by side; a column of a batch of tokens is not.
             target_ptr=target.contiguous(),

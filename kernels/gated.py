@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import halves
 from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile, as_rows
 from fastattn.kernels._pointwise_config import TileConfig, select_tile_config
@@ -102,7 +103,7 @@ def gated_forward(
     if config is None:
         config = select_tile_config(width, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_forward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+        _gated_forward_kernel[(ceil_div(rows, config.block_m) * ceil_div(width, config.block_n),)](
             value_ptr=value,
             gate_ptr=gate,
             y_ptr=y,
@@ -154,7 +155,7 @@ def _launch_backward(
     strides = [t.stride(0) for t in (dy, value, gate, *written)]
     config = select_tile_config(width, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_backward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+        _gated_backward_kernel[(ceil_div(rows, config.block_m) * ceil_div(width, config.block_n),)](
             dy_ptr=dy,
             value_ptr=value,
             gate_ptr=gate,

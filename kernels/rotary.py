@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_rows, rows_contiguous
 from fastattn.kernels._rotary_config import heads_of_program, select_rotary_config
 
@@ -267,13 +268,13 @@ def _launch(
     cos, sin = rows_contiguous(cos), rows_contiguous(sin)
     target = _target.target_of(inputs[0].device)
     config = select_rotary_config(pairs, 0 if in_place else head_dim - 2 * pairs, target)
-    tiles = batch * triton.cdiv(seq, config.block_m)
+    tiles = batch * ceil_div(seq, config.block_m)
     group = heads_of_program(heads, tiles, target)
     unit = gcd(_MAX_UNIT, *(stride for t in (*inputs, *outputs) for stride in t.stride()[:-1]))
     x, y = [_rows_in_units(t, unit) for t in inputs], [_rows_in_units(t, unit) for t in outputs]
     two = len(inputs) == 2
     with _target.launching_on(inputs[0]):
-        _rotary_kernel[(tiles * sum(triton.cdiv(count, group) for count in heads),)](
+        _rotary_kernel[(tiles * sum(ceil_div(count, group) for count in heads),)](
             x=x[0],
             other_x=x[1] if two else None,
             y=y[0],
