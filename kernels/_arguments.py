@@ -96,12 +96,8 @@ class Sequences(NamedTuple):
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
-
-
-def matrix_of(tensor: Tensor, in_place: bool, stride_m: int) -> Matrix:
-    """The rows of a tensor or, not `in_place`, of a contiguous copy, at a distance of stride_m."""
-    return Matrix(tensor if in_place else tensor.contiguous(), stride_m)
+    stride_b, stride_h, stride_m, _ = tensor.stride()
+    return Rows(tensor, stride_b, stride_h, stride_m)
 
 
 def plane_of(tensor: Tensor) -> Plane:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-
-# How many calls of different shapes a launcher remembers its plan for.
-PLANS = 4096
 
 # Within a tile of at most 256 rows, offsets are 32-bit integers.
 _MAX_ROW_STRIDE = (1 << 31) // 256
@@ -19,38 +12,6 @@ _MAX_ROW_STRIDE = (1 << 31) // 256
 def empty_contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized contiguous tensor of this one's shape; at half the host cost of `torch.empty`."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-@lru_cache(maxsize=PLANS)
-def row_distance(shape: Sequence[int], strides: Sequence[int], dims: int = 1) -> int | None:
-    """The distance in elements between neighbouring rows, each the last `dims` dimensions in one piece.
-
-    None where a row is not in one piece, or rows lie at unequal distances: a kernel then reads a contiguous copy.
-    """
-    width, distance, reach = 1, None, 0
-    for place, (size, stride) in enumerate(zip(reversed(shape), reversed(strides), strict=True)):
-        if place < dims:
-            if size != 1 and stride != width:
-                return None
-            width *= size
-        elif size != 1:
-            if distance is None:
-                distance = stride
-            elif stride != reach:
-                return None
-            reach = stride * size
-    return width if distance is None else distance
-
-
-def rows_read(
-    shape: Sequence[int], strides: Sequence[Sequence[int] | None], dims: int
-) -> tuple[tuple[bool, ...], tuple[int, ...]]:
-    """For each tensor of a shape, of which strides are given: whether a kernel reads its rows in place, and how far
-    apart they lie there, or in the copy that it reads. None stands for a tensor that is not there.
-    """
-    found = [None if of is None else row_distance(shape, of, dims) for of in strides]
-    width = math.prod(shape[len(shape) - dims :])
-    return tuple(d is not None for d in found), tuple(width if d is None else d for d in found)
 
 
 def empty_rows(tensor: Tensor) -> Tensor:
@@ -98,7 +59,8 @@ def rows_too_far(plane: Tensor) -> bool:
 
 def _has_rows(tensor: Tensor) -> bool:
     """Whether the last dimension is contiguous and neighbouring rows lie less than 2^31 / 256 elements apart."""
-    return tensor.stride(-1) == 1 and tensor.stride(-2) < _MAX_ROW_STRIDE
+    strides = tensor.stride()
+    return strides[-1] == 1 and strides[-2] < _MAX_ROW_STRIDE
 
 
 def block_d(head_dim: int) -> int:

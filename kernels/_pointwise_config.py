@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
+from fastattn.kernels._config import ceil_div, loads_are_wide, power_of_2, walk_grid, warps_of
+from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
 from fastattn.kernels._target import Target
 
 # What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
@@ -47,6 +51,7 @@ class WalkConfig:
     programs: int
 
 
+@cache
 def select_gelu_config(target: Target) -> GeluConfig:
     """8 elements a thread: one 16-byte load in 16-bit types, two in float32."""
     return GeluConfig(block=1024, num_warps=2 if target.backend == "hip" else 4)
@@ -61,6 +66,27 @@ def select_tile_config(width: int, target: Target) -> TileConfig:
         return TileConfig(block_m=8, block_n=min(power_of_2(width), 64), num_warps=1)
     block_n = min(power_of_2(width), 256)
     return TileConfig(1024 // block_n, block_n, warps_of(4, target))
+
+
+@lru_cache(maxsize=PLANS)
+def tile_plan(
+    shape: Sequence[int], strides: tuple[Sequence[int] | None, ...], config: TileConfig | None, target: Target
+) -> RowsPlan:
+    """The launch of a kernel whose programs each take a tile of tensors (..., width) of one shape."""
+    width = shape[-1]
+    rows = math.prod(shape[:-1])
+    in_place, distances = rows_read(shape, strides, 1)
+    config = config or select_tile_config(width, target)
+    constants = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "ALIGNMENT": math.gcd(width, *distances, 16),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    programs = ceil_div(rows, config.block_m) * ceil_div(width, config.block_n)
+    return RowsPlan(in_place, distances, (programs,), constants)
 
 
 def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: Target) -> WalkConfig:
@@ -82,3 +108,30 @@ def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: T
     return WalkConfig(
         elements // block_n, block_n, warps_of(4, target), num_stages, programs=8 * target.multiprocessors
     )
+
+
+@lru_cache(maxsize=PLANS)
+def walk_plan(
+    shape: Sequence[int],
+    strides: tuple[Sequence[int] | None, ...],
+    dtype: torch.dtype,
+    config: WalkConfig | None,
+    target: Target,
+) -> RowsPlan:
+    """The launch of a kernel whose programs walk the rows of tensors (..., width) of one shape."""
+    width = shape[-1]
+    rows = math.prod(shape[:-1])
+    in_place, distances = rows_read(shape, strides, 1)
+    alignment = math.gcd(width, *distances, 16)
+    config = config or select_walk_config(width, alignment, dtype, target)
+    constants = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "ALIGNMENT": alignment,
+        "NUM_STAGES": config.num_stages,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
+    return RowsPlan(in_place, distances, grid, constants)

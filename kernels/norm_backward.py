@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import dropout_of, matrix_of
+from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._dropout import _dropped_rows
-from fastattn.kernels._layout import PLANS, empty_contiguous, rows_read
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
     _column_tile,
@@ -35,6 +35,7 @@ from fastattn.kernels._norm_tiles import (
     _x_hat,
 )
 from fastattn.kernels._partials import add_up_partials
+from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -237,9 +238,10 @@ def norm_backward(
         config,
         _target.target_of(kept.device),
     )
+    walk = plan.walk
     loaded = {
-        "dy": matrix_of(dy, plan.in_place[0], plan.distances[0]),
-        "kept": matrix_of(kept, plan.in_place[1], plan.distances[1]),
+        "dy": Matrix(walk.read(0, dy), walk.distances[0]),
+        "kept": Matrix(walk.read(1, kept), walk.distances[1]),
         "weight_ptr": None if weight is None else weight.contiguous(),
         "bias_ptr": bias.contiguous() if bias is not None and from_output else None,
         "mean_ptr": mean.contiguous() if mean is not None and centered and not from_output else None,
@@ -254,10 +256,10 @@ def norm_backward(
         return dsum, dx, dweight, dbias
     partials = rstd.new_empty((len(parameters), *plan.partials)) if parameters else None
     with _target.launching_on(kept):
-        _norm_backward_kernel[plan.grid](
+        _norm_backward_kernel[walk.grid](
             dresidual_out=None
             if dresidual_out is None
-            else matrix_of(dresidual_out, plan.in_place[2], plan.distances[2]),
+            else Matrix(walk.read(2, dresidual_out), walk.distances[2]),
             rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
             dropout=dropout_of(dropout_seed, dropout_p),
             row_means_ptr=_row_means(rstd, loaded, plan) if needs_dsum else None,
@@ -267,7 +269,7 @@ def norm_backward(
             NEEDS_DWEIGHT=dweight_dtype is not None,
             NEEDS_DBIAS=dbias_dtype is not None,
             **loaded,
-            **plan.constants,
+            **walk.constants,
         )
         if partials is not None:
             add_up_partials(partials, parameters, *plan.sums)
@@ -275,20 +277,16 @@ def norm_backward(
 
 
 class _Plan(NamedTuple):
-    """What the launches take beside their tensors, found once for each shape, layout, dtype and target.
+    """The launches of the backward.
 
     Attributes:
-        in_place, distances: of dy, kept and dresidual_out, see `fastattn.kernels._layout.rows_read`.
-        grid, constants: of the kernel that walks the rows; its arguments that are no tensors.
+        walk: of the kernel that walks the rows of dy, kept and dresidual_out.
         partials: the sizes of each parameter's partial sums.
         sums: tile and warps of the kernel that adds them up.
         row_means: grid and constants of the kernel that makes the rows' means; None where there is no need of it.
     """
 
-    in_place: tuple[bool, ...]
-    distances: tuple[int, ...]
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
+    walk: RowsPlan
     partials: tuple[int, int]
     sums: tuple[int, int, int]
     row_means: tuple[tuple[int], dict[str, Any]] | None
@@ -316,10 +314,7 @@ def _plan(
     if walk.block_n < width:
         row_means = (ceil_div(rows, config.row_means.block_m),), sizes | _tile(config.row_means)
     return _Plan(
-        in_place,
-        distances,
-        grid,
-        sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages},
+        RowsPlan(in_place, distances, grid, sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages}),
         (grid[0], width),
         (sums.block_m, sums.block_n, sums.num_warps),
         row_means,

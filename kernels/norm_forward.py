@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import dropout_of, matrix_of
+from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._dropout import _dropped_rows
-from fastattn.kernels._layout import PLANS, empty_contiguous, rows_read
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormConfig, select_norm_forward_config
 from fastattn.kernels._norm_tiles import (
     _combine_moments,
@@ -32,6 +31,7 @@ from fastattn.kernels._norm_tiles import (
     _rows_of,
     _store_tile,
 )
+from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -219,8 +219,8 @@ def norm_forward(
     )
     with _target.launching_on(x):
         _norm_forward_kernel[plan.grid](
-            x=matrix_of(x, plan.in_place[0], plan.distances[0]),
-            residual=None if residual is None else matrix_of(residual, plan.in_place[1], plan.distances[1]),
+            x=Matrix(plan.read(0, x), plan.distances[0]),
+            residual=None if residual is None else Matrix(plan.read(1, residual), plan.distances[1]),
             weight_ptr=None if weight is None else weight.contiguous(),
             bias_ptr=None if bias is None else bias.contiguous(),
             rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
@@ -236,21 +236,6 @@ def norm_forward(
     return y, summed, mean, rstd
 
 
-class _Plan(NamedTuple):
-    """What a launch takes beside its tensors, found once for each shape, layout, dtype and target.
-
-    Attributes:
-        in_place, distances: of each tensor read as rows, see `fastattn.kernels._layout.rows_read`.
-        grid: of the kernel.
-        constants: the kernel's arguments that are no tensors.
-    """
-
-    in_place: tuple[bool, ...]
-    distances: tuple[int, ...]
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
-
-
 @lru_cache(maxsize=PLANS)
 def _plan(
     shape: torch.Size,
@@ -262,7 +247,7 @@ def _plan(
     dims: int,
     config: NormConfig | None,
     target: Target,
-) -> _Plan:
+) -> RowsPlan:
     rows, width = math.prod(shape[: len(shape) - dims]), math.prod(shape[len(shape) - dims :])
     in_place, distances = rows_read(shape, (strides, residual_strides), dims)
     alignment = math.gcd(width, *distances, 16)
@@ -278,4 +263,4 @@ def _plan(
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
     }
-    return _Plan(in_place, distances, (ceil_div(rows, config.block_m),), constants)
+    return RowsPlan(in_place, distances, (ceil_div(rows, config.block_m),), constants)

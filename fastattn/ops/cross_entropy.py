@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation, refuse_triton
 from fastattn.kernels._loss_config import row_strides
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._cross_entropy_function import apply_cross_entropy
 from fastattn.ops._loss import (
     LossOptions,
@@ -53,10 +53,11 @@ def _check(
     return_lse: bool,
     inplace: bool,
 ) -> None:
-    check_floating("input", input=input, weight=weight)
+    if input is None or not (fits(input, input) and fits(weight, input)):
+        check_floating("input", input=input, weight=weight)
+        check_same_device("input", input, weight=weight)
     check_options(options)
     check_target(target, input.device)
-    check_same_device("input", input, weight=weight)
     shape = input.shape
     if not shape:
         raise ValueError("input has shape (); (classes,) or (batch, classes, ...) is needed")
