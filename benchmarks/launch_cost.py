@@ -2,7 +2,7 @@
 
 A stand-in for Triton's driver has no device: kernels are compiled for one architecture and never run, since what would
 hand them to the driver does nothing, and tensors of the CPU stand for the device's. The public functions then take the
-path they take on a GPU. A call's time without Triton's `JITFunction.run` is our share, what `run` adds is Triton's. Not
+path they take on a GPU. A call's time where `kernel[grid](...)` does nothing is our share, the rest is Triton's. Not
 in it: the driver's own launch, the check of the current device, and what a GPU's allocator costs more than a CPU's.
 
     python -m benchmarks.launch_cost layer_norm rotary_embedding
@@ -77,10 +77,13 @@ _DRIVER = ("get_current_device", "get_current_stream", "get_current_target", "la
 
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
-    """Within the block nothing is launched, not even prepared."""
+    """Within the block `kernel[grid](...)` does nothing with its arguments."""
     from triton.runtime.jit import JITFunction
 
-    with mock.patch.object(JITFunction, "run", lambda self, *arguments, **keywords: None):
+    def nothing(*arguments: Any, **keywords: Any) -> None:
+        pass
+
+    with mock.patch.object(JITFunction, "__getitem__", lambda self, grid: nothing):
         yield
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._loss_config import CrossEntropyConfig, rows_plan, select_cross_entropy_backward_config
 from fastattn.kernels._norm_tiles import _multiple_of
 from fastattn.kernels.cross_entropy_forward import (
@@ -110,7 +110,7 @@ def cross_entropy_backward(
         dlse: the gradient of the log-sum-exp, of logits' leading dimensions; None for 0.
         config: replaces the selected launch config.
     """
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = empty_contiguous(logits)
     _launch_backward(
         dloss, dlse, logits, target, statistics, kept, dlogits,
         ignore_index, reduction, label_smoothing, z_loss, softcap, config,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._loss_config import (
     CrossEntropyConfig,
     rows_plan,
@@ -251,16 +252,16 @@ def cross_entropy_forward(
         exponentials relative to it; and the number of rows that are kept, in float32 (with reduction "none", which
         needs none, an empty tensor).
     """
-    shape = logits.shape[:-1]
-    losses = logits.new_empty(shape, dtype=loss_dtype if reduction == "none" else torch.float32)
-    statistics = logits.new_empty((2, *shape), dtype=torch.float32)
+    losses = empty_contiguous(target, loss_dtype if reduction == "none" else torch.float32)
+    statistics = logits.new_empty((2, *target.shape), dtype=torch.float32)
     _launch_forward(
         logits, target, None, losses, statistics, ignore_index, label_smoothing, z_loss, softcap,
         all_rows=all_rows, writes_gradient=False, config=config,
     )  # fmt: skip
     if reduction == "none":
         return losses, statistics, statistics.new_empty(0)
-    loss, kept = logits.new_empty((), dtype=loss_dtype), statistics.new_empty(())
+    loss = logits.new_empty((), dtype=loss_dtype)
+    kept = torch.empty_like(loss, dtype=torch.float32)
     with _target.launching_on(logits):
         _reduce_losses_kernel[(1,)](
             losses_ptr=losses,

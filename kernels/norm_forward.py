@@ -199,7 +199,7 @@ def norm_forward(
     """
     if sum_dtype is None:
         residual = rowscale = dropout_seed = None
-    rstd = x.new_empty(x.shape[: x.dim() - dims], dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:-dims], dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
     y = empty_contiguous(x, out_dtype)
     summed = x.new_empty(0) if sum_dtype is None else empty_contiguous(x, sum_dtype)

@@ -124,7 +124,7 @@ def _refuse_triton(
     rows = _rows(input)
     if rows.size(-1) == 0:
         return "classes=0 must be at least 1"
-    if row_strides(rows.shape, rows.stride()) is None:
+    if not rows.is_contiguous() and row_strides(rows.shape, rows.stride()) is None:
         return (
             f"input of shape {tuple(input.shape)} has strides {input.stride()}; the classes must be contiguous in "
             "memory, and their rows at most two strides apart"
@@ -141,7 +141,8 @@ def _run_triton(
     inplace: bool,
 ) -> Any:
     rows = _rows(input)
-    target = target.reshape(rows.shape[:-1])
+    if input.dim() == 1:
+        target = target.reshape(())
     check_classes(target, rows.size(-1), options.ignore_index)
     dtype = loss_dtype(input.dtype, input)
     loss, lse = apply_cross_entropy(rows, target, options, dtype, return_lse, inplace)
