@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -52,27 +52,29 @@ def without_device(arch: str = "sm_90") -> Iterator[None]:
     from fastattn.ops import _loss, _norm_call, _rotary_call
 
     target = _target.KNOWN_TARGETS[arch]
-    stand_in = mock.Mock(spec_set=("utils", *_DRIVER))
-    stand_in.utils.load_binary = lambda *arguments: (1, 1, 0, 0, 1024)
-    stand_in.utils.get_device_properties = lambda device: {"max_shared_mem": target.shared_memory}
-    stand_in.get_current_device = lambda: 0
-    stand_in.get_current_stream = lambda device: 0
     compiled_for = GPUTarget("cuda", target.arch, 32)
-    stand_in.get_current_target = lambda: compiled_for
-    stand_in.launcher_cls = lambda source, metadata: lambda *arguments: None
+    stand_in = SimpleNamespace(
+        utils=SimpleNamespace(
+            load_binary=lambda *arguments: (1, 1, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": target.shared_memory},
+        ),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: compiled_for,
+        launcher_cls=lambda source, metadata: lambda *arguments: None,
+    )
+    replacements: list[tuple[Any, str, Any]] = [
+        (driver, "_active", stand_in),
+        (dispatch, "INTERPRETING", True),
+        (dispatch, "interpreter_multiplies_bfloat16", True),
+        (_target, "target_of", lambda device: target),
+        # The values of a GPU's tensors are not read.
+        *((module, "checking", lambda tensor: False) for module in (_loss, _norm_call, _rotary_call)),
+    ]
     with contextlib.ExitStack() as patches:
-        replace = functools.partial(mock.patch.object)
-        patches.enter_context(replace(driver, "_active", stand_in))
-        patches.enter_context(replace(dispatch, "INTERPRETING", True))
-        patches.enter_context(replace(dispatch, "interpreter_multiplies_bfloat16", True))
-        patches.enter_context(replace(_target, "target_of", lambda device: target))
-        for module in (_loss, _norm_call, _rotary_call):
-            # The values of a GPU's tensors are not read.
-            patches.enter_context(replace(module, "checking", lambda tensor: False))
+        for place, name, value in replacements:
+            patches.enter_context(mock.patch.object(place, name, value))
         yield
-
-
-_DRIVER = ("get_current_device", "get_current_stream", "get_current_target", "launcher_cls")
 
 
 @contextlib.contextmanager
@@ -95,7 +97,8 @@ def launch_calls(gradients: bool) -> dict[str, tuple[Call, tuple[Tensor, ...]]]:
 
     q, k, v = (make(1, _HEADS, _ROWS, _HEAD_DIM) for _ in range(3))
     x, residual, weight, bias = make(_ROWS, _WIDTH), make(_ROWS, _WIDTH), make(_WIDTH), make(_WIDTH)
-    up, down = make(2 * _WIDTH, _WIDTH), make(_WIDTH, 2 * _WIDTH)
+    # PyTorch's products run, and are counted as ours.
+    tiny, up, down, few = make(4, 16), make(16, 16), make(16, 16), torch.arange(4)
     cos, sin = fastattn.rotary_tables(_ROWS, _HEAD_DIM)
     target = torch.arange(_ROWS)
     norm = (_WIDTH,)
@@ -113,8 +116,8 @@ def launch_calls(gradients: bool) -> dict[str, tuple[Call, tuple[Tensor, ...]]]:
         "swiglu": (lambda: fastattn.swiglu(x), (x,)),
         "bias_gelu": (lambda: fastattn.bias_gelu(x, bias), (x, bias)),
         "gelu": (lambda: fastattn.gelu(x), (x,)),
-        "mlp": (lambda: fastattn.mlp(x, up, None, down, None, implementation="triton"), (x, up, down)),
-        "linear_cross_entropy": (lambda: fastattn.linear_cross_entropy(x, up, target), (x, up)),
+        "mlp": (lambda: fastattn.mlp(tiny, up, None, down, None, implementation="triton"), (tiny, up, down)),
+        "linear_cross_entropy": (lambda: fastattn.linear_cross_entropy(tiny, up, few), (tiny, up)),
     }
 
 
@@ -132,15 +135,16 @@ def measure_launches(
                 continue
             if gradients:
                 call = _with_backward(call, inputs)
-            whole, ours, unit = [], [], []
+            samples_of: tuple[list[float], list[float], list[float]] = ([], [], [])
             for step in range(-2, rounds):
                 samples = [_burst(call, clock)]
                 with without_launches():
                     samples.append(_burst(call, clock))
                 samples.append(_burst(lambda: torch.empty_like(like), clock))
                 if step >= 0:  # kernels are compiled and plans made before
-                    for kept, sample in zip((whole, ours, unit), samples, strict=True):
+                    for kept, sample in zip(samples_of, samples, strict=True):
                         kept.append(sample)
+            whole, ours, unit = samples_of
             share = summarize(ours)
             yield {
                 "operation": "launch",
