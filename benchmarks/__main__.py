@@ -1,4 +1,4 @@
-"""`python -m benchmarks demo|run|inspect|gpu|readme`: the main job, suites of operations, machine code, GPU."""
+"""`python -m benchmarks demo|run|inspect|tune|gpu|readme`: the main job, suites, machine code, launch configs, GPU."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     inspection.add_arguments(inspect)
     inspect.set_defaults(run=_inspect)
 
+    from benchmarks.tuning import options as tuning
+
+    tune = commands.add_parser("tune", help="on a GPU: launch configs compared, for kernels/_measured.py")
+    tuning.add_arguments(tune)
+    tune.set_defaults(run=_tune)
+
     readme = commands.add_parser("readme", help="write README.md's figures from benchmarks/results/")
     readme.set_defaults(run=_readme)
 
@@ -55,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         "gpu", help="on a GPU: the tests marked gpu, then the benchmarks, into a folder"
     )
     gpu.add_argument("--out", required=True, metavar="DIR", help="results folder")
-    gpu.add_argument("--parts", nargs="+", choices=("tests", "run", "demo"), default=["tests", "run", "demo"])
+    gpu.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("tests", "run", "demo", "tune"),
+        default=["tests", "run", "demo"],
+        help="tests, run, demo (these by default), tune",
+    )
     gpu.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds (default 20)")
     gpu.add_argument("--commit", help="recorded where the checkout has no git history")
     gpu.set_defaults(run=_gpu)
@@ -114,6 +126,25 @@ def _inspect(chosen: argparse.Namespace) -> int:
         return command.inspect(chosen, command.plan(chosen), make_console(), progress_bar)
     except (command.InspectError, ComparisonError, FolderError) as error:
         return _refuse(str(error))
+
+
+def _tune(chosen: argparse.Namespace) -> int:
+    from benchmarks.progress import progress_bar
+    from benchmarks.report import FolderError, make_console
+    from benchmarks.tuning import command
+    from benchmarks.tuning.options import TuneError
+    from benchmarks.tuning.plan import PlanError
+    from fastattn import dispatch
+
+    if dispatch.INTERPRETING:
+        return _refuse("TRITON_INTERPRET is set, and the interpreter takes the compiler's place: unset it")
+    try:
+        return command.tune(chosen, make_console(), progress_bar)
+    except (TuneError, PlanError, FolderError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        _refuse("interrupted; tuning.jsonl in the results folder keeps what was measured")
+        return INTERRUPTED
 
 
 def _readme(chosen: argparse.Namespace) -> int:

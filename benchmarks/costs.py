@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.cases import (
     AddLayerNormCase,
+    AddRMSNormCase,
     AttentionCase,
     BiasGeluCase,
     BlockCase,
@@ -24,6 +25,7 @@ from benchmarks.cases import (
     OpCase,
     RMSNormCase,
     RotaryCase,
+    SwigluCase,
 )
 from benchmarks.cases.attention_options import learned_parameters
 
@@ -136,17 +138,36 @@ def rms_norm_backward(case: RMSNormCase) -> Cost:
 def add_layer_norm_forward(case: AddLayerNormCase, save_statistics: bool = False) -> Cost:
     """The sum N more than LayerNorm; reads x and residual, writes y and h."""
     norm = layer_norm_forward(LayerNormCase(case.rows, case.width, dtype=case.dtype), save_statistics)
-    elements, residual = case.rows * case.width, case.residual_dtype or case.dtype
-    return norm + Cost(elements, 2 * elements * residual.itemsize)
+    return norm + _sum_forward(case)
 
 
 def add_layer_norm_backward(case: AddLayerNormCase) -> Cost:
     """The sum N more than LayerNorm. Reads h and both gradients; writes dx, and of another dtype dresidual."""
     norm = layer_norm_backward(LayerNormCase(case.rows, case.width, dtype=case.dtype))
+    return norm + _sum_backward(case)
+
+
+def add_rms_norm_forward(case: AddRMSNormCase, save_statistics: bool = False) -> Cost:
+    """The sum N more than RMSNorm; reads x and residual, writes y and h."""
+    norm = rms_norm_forward(RMSNormCase(case.rows, case.width, dtype=case.dtype), save_statistics)
+    return norm + _sum_forward(case)
+
+
+def add_rms_norm_backward(case: AddRMSNormCase) -> Cost:
+    """The sum N more than RMSNorm, as above."""
+    return rms_norm_backward(RMSNormCase(case.rows, case.width, dtype=case.dtype)) + _sum_backward(case)
+
+
+def _sum_forward(case: AddLayerNormCase) -> Cost:
     elements, residual = case.rows * case.width, case.residual_dtype or case.dtype
-    # LayerNorm's three tensors are dy, dx and one in x's dtype, in whose place are h and its gradient.
+    return Cost(elements, 2 * elements * residual.itemsize)
+
+
+def _sum_backward(case: AddLayerNormCase) -> Cost:
+    elements, residual = case.rows * case.width, case.residual_dtype or case.dtype
+    # The norm's three tensors are dy, dx and one in x's dtype, in whose place are h and its gradient.
     traffic = (2 * residual.itemsize - case.dtype.itemsize) * elements
-    return norm + Cost(elements, traffic + (elements * residual.itemsize if residual != case.dtype else 0))
+    return Cost(elements, traffic + (elements * residual.itemsize if residual != case.dtype else 0))
 
 
 def gelu_forward(case: GeluCase) -> Cost:
@@ -182,6 +203,18 @@ def geglu_backward(case: GegluCase) -> Cost:
     elements = case.rows * case.width
     flops = gelu_forward(case).flops + gelu_backward(case).flops + 2 * elements
     return Cost(flops, 5 * elements * case.dtype.itemsize)
+
+
+def swiglu_forward(case: SwigluCase) -> Cost:
+    """The sigmoid 3 operations, two products an element; value, gate and y."""
+    elements = case.rows * case.width
+    return Cost(5 * elements, 3 * elements * case.dtype.itemsize)
+
+
+def swiglu_backward(case: SwigluCase) -> Cost:
+    """The sigmoid 3, silu 1 and its slope 3, three products an element. Reads dy and x; writes both gradients."""
+    elements = case.rows * case.width
+    return Cost(10 * elements, 5 * elements * case.dtype.itemsize)
 
 
 def mlp_forward(case: MlpCase) -> Cost:
@@ -267,11 +300,13 @@ _NORMS = {
     "layer_norm": (layer_norm_forward, layer_norm_backward),
     "rms_norm": (rms_norm_forward, rms_norm_backward),
     "add_layer_norm": (add_layer_norm_forward, add_layer_norm_backward),
+    "add_rms_norm": (add_rms_norm_forward, add_rms_norm_backward),
 }
 _FORWARD_AND_BACKWARD = {
     "gelu": (gelu_forward, gelu_backward),
     "bias_gelu": (bias_gelu_forward, bias_gelu_backward),
     "geglu": (geglu_forward, geglu_backward),
+    "swiglu": (swiglu_forward, swiglu_backward),
     "mlp": (mlp_forward, mlp_backward),
     "loss": (loss_forward, loss_backward),
     "linear_loss": (linear_loss_forward, linear_loss_backward),

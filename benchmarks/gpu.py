@@ -23,6 +23,8 @@ from benchmarks.report import make_console, results_folder, write_json
 # With the tests before and the demo after, all of it takes less than ten minutes; what is left comes with the next
 # call, as the rows that are there are kept.
 _SUITE_MINUTES = 5
+# Not among the default parts; what is left comes with the next call here too.
+_TUNING_MINUTES = 20
 
 
 class NoGpuError(Exception):
@@ -71,6 +73,11 @@ def run_gpu(
         command = ["demo", "--device", "cuda", "--out", str(folder / "demo")]
         if _benchmarks([*command, *recorded], folder / "demo.log") != 0:
             failed.append("demo")
+    if "tune" in parts:
+        say("launch configs")
+        command = ["tune", "--out", str(folder / "tune"), "--resume", "--minutes", str(_TUNING_MINUTES)]
+        if _benchmarks([*command, *recorded], folder / "tune.log") != 0:
+            failed.append("tune")
     for part in failed:
         say(f"{part} failed; see the log in {out}")
     make_console().print(f"results: {out}", highlight=False)

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.cases import (
     AddLayerNormCase,
+    AddRMSNormCase,
     AttentionCase,
     BiasGeluCase,
     BlockCase,
@@ -25,6 +26,7 @@ from benchmarks.cases import (
     OpCase,
     RMSNormCase,
     RotaryCase,
+    SwigluCase,
 )
 from benchmarks.cases.attention_options import OPTIONS
 
@@ -104,6 +106,7 @@ SUITES = {
                 LayerNormCase(333, 8192),
                 RMSNormCase(1024, 256),
                 AddLayerNormCase(1024, 256),
+                AddRMSNormCase(1024, 256),
             ),
             gpu=(
                 LayerNormCase(16384, 4096, dtype=_BF16),
@@ -117,6 +120,7 @@ SUITES = {
                 LayerNormCase(8192, 1024, dtype=_BF16),
                 LayerNormCase(8192, 16384, dtype=_BF16),
                 AddLayerNormCase(16384, 1024, _BF16),
+                AddRMSNormCase(16384, 4096, _BF16),
                 AddLayerNormCase(16384, 4096, _BF16, torch.float32),
             ),
         ),
@@ -129,6 +133,7 @@ SUITES = {
                 MlpCase(512, 256, 1024),
                 BiasGeluCase(1024, 1024),
                 GegluCase(1024, 1024),
+                SwigluCase(1024, 1024),
             ),
             gpu=(
                 GeluCase(16384, 16384, dtype=_BF16),
@@ -138,6 +143,8 @@ SUITES = {
                 MlpCase(16384, 768, 3072, "none", dtype=_BF16),
                 BiasGeluCase(16384, 3072, dtype=_BF16),
                 GegluCase(16384, 11008, dtype=_BF16),
+                GegluCase(16384, 11008, "tanh", dtype=_BF16),
+                SwigluCase(16384, 11008, dtype=_BF16),
                 MlpCase(16384, 1024, 4096, "none", dtype=_BF16),
                 MlpCase(16384, 2048, 8192, "none", dtype=_BF16),
             ),
@@ -155,7 +162,11 @@ SUITES = {
         Suite(
             "loss",
             "cross-entropy, and the linear layer before it",
-            cpu=(LossCase(512, 8192), LinearLossCase(512, 256, 32768)),
+            cpu=(
+                LossCase(512, 8192),
+                LinearLossCase(512, 256, 32768),
+                LinearLossCase(512, 256, 32768, _BF16),
+            ),
             gpu=(
                 LossCase(8192, 50304, dtype=_BF16),
                 LinearLossCase(8192, 768, 50304, dtype=_BF16),

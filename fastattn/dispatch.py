@@ -96,6 +96,9 @@ class Operation:
 
     `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
     would hand them on; it runs after the check, where autocast is on for the device of the first argument.
+    `at_once(*arguments)`, where given, returns what the automatic choice returns for a call that needs no check, or
+    None: on a CPU the questions asked of a small tensor cost more than what is computed. It is asked where nothing is
+    forced.
     `pack(*arguments)`, where given, makes the operation's arguments of the public function's; the function itself
     calls it, and `explain` does.
     """
@@ -107,9 +110,11 @@ class Operation:
         implementations: tuple[Implementation, ...],
         cast: Callable[..., tuple[Any, ...]] | None = None,
         pack: Callable[..., tuple[Any, ...]] | None = None,
+        at_once: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.pack = pack
+        self.at_once = at_once
         self.check = check
         self.cast = cast
         self.implementations = implementations
@@ -121,11 +126,15 @@ class Operation:
         return function
 
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
+        if requested is None:
+            requested = _forced.name
+        if self.at_once is not None and requested is None and not INTERPRETING:
+            found = self.at_once(*arguments)
+            if found is not None:
+                return found
         self.check(*arguments)
         if self.cast is not None and autocasts(arguments[0]):
             arguments = self.cast(*arguments)
-        if requested is None:
-            requested = _forced.name
         if requested is not None:
             return self._named(requested, *arguments).run(*arguments)
         for implementation in self.automatic:
@@ -257,6 +266,13 @@ def autocasts(tensor: Tensor) -> bool:
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
         kind
     )
+
+
+def linear_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in on this input: autocast's, but float64 stays."""
+    if tensor.dtype != torch.float64 and autocasts(tensor):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
 
 
 class _DebugChecks(threading.local):

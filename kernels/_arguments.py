@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import _target
+from fastattn.kernels._attention_config import AttentionTiles
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 
@@ -98,6 +100,21 @@ class Sequences(NamedTuple):
 def rows_of(tensor: Tensor) -> Rows:
     stride_b, stride_h, stride_m, _ = tensor.stride()
     return Rows(tensor, stride_b, stride_h, stride_m)
+
+
+def read_rows(tensor: Tensor, tiles: AttentionTiles, rows: int, width: int) -> Rows | TensorDescriptor:
+    """What a kernel's loop reads `rows` rows at a time of, `width` columns wide, in the form that the tiles say.
+
+    A descriptor is made here, on the host, and copied to the device among the kernel's arguments. Made in the kernel it
+    would cost every program a write to memory and a fence, and each launch a buffer for them.
+    """
+    if not tiles.descriptors:
+        return rows_of(tensor)
+    # A dimension of size 1 may have any stride, which a descriptor would refuse; 16 elements are 16 bytes or more.
+    strides = [
+        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
 
 
 def plane_of(tensor: Tensor) -> Plane:

@@ -7,9 +7,11 @@ GPU yet.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
+from fastattn.kernels._config import tunable
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS, Target
@@ -17,12 +19,31 @@ from fastattn.kernels._target import KNOWN_TARGETS, Target
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """A tile of the score matrix, block_m queries by block_n keys, and how its program is compiled."""
+    """A tile of the score matrix, block_m queries by block_n keys, and how its program is compiled.
+
+    Attributes:
+        form: how the loop gets its rows, see `fastattn.kernels._attention_forms`: "pointers", "descriptors", or
+            "specialized", which is descriptors with warps of different tasks.
+        one_loop: mask every tile, in one loop, instead of only those that need it, in loops of their own: more
+            instructions a score and fewer registers. "specialized" can do no other.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    form: str = "pointers"
+    one_loop: bool = False
+
+    @property
+    def descriptors(self) -> bool:
+        return self.form != "pointers"
+
+    @property
+    def loop(self) -> dict[str, bool]:
+        """The kernels' arguments that say what the loop is."""
+        specialized = self.form == "specialized"
+        return {"ONE_LOOP": self.one_loop or specialized, "SPECIALIZED": specialized}
 
 
 @dataclass(frozen=True)
@@ -49,17 +70,23 @@ _INTERPRETED_ATTENTION = AttentionConfig(
 # By family of targets, bits of the dtype and padded head dimension: (block_m, block_n, num_warps, num_stages). All
 # of them compiled and read on sm_80, sm_90 and gfx942 (tests/kernels/test_machine_code.py: no spills, shared memory
 # within the limit, HGMMA on sm_90). None is measured. On sm_90 they are those with the fewest instructions a score in
-# the loop that do not spill; elsewhere the largest that do not spill. With 8 warps the keys of dk and dv have to be
-# 128: of 64, both warp groups compute the same scores.
+# the loop that do not spill; elsewhere the largest that do not spill. With 8 warps the keys of dk and dv, and the
+# queries of dq, have to be 128: of 64, both warp groups compute the same scores. One loop is what such tiles need to
+# fit at head_dim 128 and 256.
 _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("hopper", 16, 64): AttentionConfig(
         AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 128, 8, 2)
     ),
     ("hopper", 16, 128): AttentionConfig(
-        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2), True
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(32, 128, 8, 2, one_loop=True),
     ),
     ("hopper", 16, 256): AttentionConfig(
-        AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 64, 8, 2), True
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 32, 8, 2, one_loop=True),
+        AttentionTiles(32, 128, 8, 2, one_loop=True),
+        separate_dk_dv=True,
     ),
     ("ampere", 16, 64): AttentionConfig(
         AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2)
@@ -108,7 +135,13 @@ _ATTENTION_PLANE: dict[tuple[str, int, int], AttentionConfig] = {
         AttentionTiles(32, 128, 8, 2),
         dbias=AttentionTiles(128, 32, 8, 1),
     ),
-    ("hopper", 16, 128): replace(_ATTENTION["hopper", 16, 128], dbias=AttentionTiles(64, 32, 8, 1)),
+    ("hopper", 16, 128): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(32, 128, 8, 2),
+        separate_dk_dv=True,
+        dbias=AttentionTiles(64, 32, 8, 1),
+    ),
 }
 
 
@@ -194,12 +227,19 @@ _ATTENTION_WIDEST = {
 # no register free.
 _ATTENTION_LIGHT = {
     ("hopper", 16, 64): replace(_ATTENTION["hopper", 16, 64], dk_dv=AttentionTiles(32, 128, 8, 2)),
-    ("hopper", 16, 128): _ATTENTION["hopper", 16, 128],
+    ("hopper", 16, 128): _ATTENTION_PLANE["hopper", 16, 128],
     ("ampere", 16, 64): replace(_ATTENTION["ampere", 16, 64], dk_dv=AttentionTiles(32, 32, 4, 2)),
     ("small", 16, 64): replace(_ATTENTION["small", 16, 64], dk_dv=AttentionTiles(16, 64, 4, 1)),
 }
 
 
+@tunable(
+    lambda head_dim, dtype, target, load="plain": (
+        32 if dtype == torch.float32 else 16,
+        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
+        load if head_dim <= 256 else "plain",
+    )
+)
 def select_attention_config(
     head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
 ) -> AttentionConfig:
@@ -214,14 +254,20 @@ def select_attention_config(
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)
     key = (family, bits, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
+    config = heavy = _ATTENTION_HEAVY[key]
     if load == "plain":
-        return _ATTENTION[key]
-    heavy = _ATTENTION_HEAVY[key]
-    if load == "plane":
-        return _ATTENTION_PLANE.get(key, heavy)
-    if load == "light" or (load == "thin" and family == "hopper"):
-        return _ATTENTION_LIGHT.get(key, heavy)
-    return heavy
+        config = _ATTENTION[key]
+    elif load == "plane":
+        config = _ATTENTION_PLANE.get(key, heavy)
+    elif load == "light" or (load == "thin" and family == "hopper"):
+        config = _ATTENTION_LIGHT.get(key, heavy)
+    return _one_loop(config) if family == "hopper" and target.arch == 100 and bits == 16 else config
+
+
+@cache
+def _one_loop(config: AttentionConfig) -> AttentionConfig:
+    """The same with one loop in dk and dv: of two, sm_100 spills at every width."""
+    return replace(config, dk_dv=replace(config.dk_dv, one_loop=True))
 
 
 def score_load(asked: AttentionOptions) -> str:

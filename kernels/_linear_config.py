@@ -10,6 +10,7 @@ from math import ceil
 
 import torch
 
+from fastattn.kernels._config import tunable
 from fastattn.kernels._target import Target
 
 
@@ -33,6 +34,7 @@ class LinearConfig:
     pieces: int = 1
 
 
+@tunable(lambda dtype, target: (8 * dtype.itemsize,))
 def select_linear_config(dtype: torch.dtype, target: Target) -> LinearConfig:
     """One tile for a dtype and a target: neither the rows nor the widths change it.
 
@@ -107,9 +109,9 @@ def select_mlp_path(
         return "separate", f"dtype={dtype} has no tensor cores of full precision, where the library is better"
     if target.backend == "interpreter":
         return "separate", "the interpreter has no speed to gain"
-    family = "sm_80" if target.arch in (86, 89, 120) else _family(target)
+    family = "sm_80" if target.arch in (86, 89, 120) else target.name
     if target.arch not in _RATES or family not in FUSED_SHARE:
-        return "separate", f"nothing is assumed of the speed of {_family(target)}"
+        return "separate", f"nothing is assumed of the speed of {target.name}"
     if width % 16 or hidden % 16:
         name, value = ("width", width) if width % 16 else ("hidden", hidden)
         return "separate", f"{name}={value} is no multiple of 16: tiles would be loaded in pieces"
@@ -133,10 +135,6 @@ def widest_fused(dtype: torch.dtype, target: Target) -> int:
         if select_mlp_path(None, width, 4 * width, dtype, target)[0] == "fused":
             return width
     return 0
-
-
-def _family(target: Target) -> str:
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def _fused_seconds(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
-from fastattn.kernels._plan import PLANS
+from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
+from fastattn.kernels._plan import planned
 from fastattn.kernels._target import Target
 
 
@@ -35,6 +34,15 @@ class RowStrides(NamedTuple):
     inner: int | None
 
 
+# In the keys, more classes are one: rows are walked in tiles.
+_MOST_CLASSES = 32_768
+
+
+def _key(classes: int, alignment: int, dtype: torch.dtype, target: Target) -> tuple[int, bool, int]:
+    return min(power_of_2(classes), _MOST_CLASSES), loads_are_wide(alignment, dtype), 8 * dtype.itemsize
+
+
+@tunable(_key)
 def select_cross_entropy_forward_config(
     classes: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> CrossEntropyConfig:
@@ -51,6 +59,7 @@ def select_cross_entropy_forward_config(
     return _config(classes, 16, 4, target)
 
 
+@tunable(_key)
 def select_cross_entropy_backward_config(
     classes: int, alignment: int, dtype: torch.dtype, target: Target
 ) -> CrossEntropyConfig:
@@ -70,7 +79,7 @@ def _config(classes: int, per_thread: int, most_warps: int, target: Target) -> C
     return CrossEntropyConfig(block_m, block_n, warps_of(warps, target))
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def rows_plan(
     shape: Sequence[int],
     strides: Sequence[int],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, warps_of
+from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
 from fastattn.kernels._target import Target
 
 
@@ -42,6 +42,18 @@ class NormBackwardConfig:
     programs: int
 
 
+# In the keys all above 16,384 columns are one: no tile holds a whole row there.
+_MOST_COLUMNS = 32_768
+
+
+@tunable(
+    lambda width, alignment, dtype, heavy, target: (
+        min(_columns_of(width), _MOST_COLUMNS),
+        loads_are_wide(alignment, dtype),
+        8 * dtype.itemsize,
+        heavy,
+    )
+)
 def select_norm_forward_config(
     width: int, alignment: int, dtype: torch.dtype, heavy: bool, target: Target
 ) -> NormConfig:
@@ -64,6 +76,14 @@ def select_norm_forward_config(
     return NormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, warps_of(warps, target))
 
 
+@tunable(
+    lambda width, alignment, dtypes, heavy, target: (
+        min(_columns_of(width), _MOST_COLUMNS),
+        loads_are_wide(alignment, min(dtypes, key=lambda dtype: dtype.itemsize)),
+        tuple(8 * dtype.itemsize for dtype in dtypes),
+        heavy,
+    )
+)
 def select_norm_backward_config(
     width: int, alignment: int, dtypes: Sequence[torch.dtype], heavy: bool, target: Target
 ) -> NormBackwardConfig:

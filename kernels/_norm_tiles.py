@@ -7,9 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _column_tile():
-    """Which column tile a program of a grid of `walk_grid` has."""
-    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+def _column_tile(ON_TWO_AXES: tl.constexpr):
+    """Which column tile a program of a grid of `walk_grid` has; ON_TWO_AXES: axis 2 is longer than 1."""
+    tile = tl.program_id(1)
+    if ON_TWO_AXES:
+        tile += tl.program_id(2) * tl.num_programs(1)
+    return tile
 
 
 @triton.jit

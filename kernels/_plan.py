@@ -1,18 +1,35 @@
 """What a launch takes beside its tensors, found once for each shape, layout, dtype and target.
 
-A launcher asks `lru_cache` for its plan, so that a repeated call costs the host a look-up, allocations and the launch.
+Plans are kept, so that a repeated call costs the host a look-up, allocations and the launch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 # For how many shapes a launcher keeps its plan: those of a training whose sequences all have lengths of their own.
-PLANS = 4096
+_PLANS = 4096
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_kept: list[Any] = []
+
+
+def planned(make: _F) -> _F:
+    """Decorator of a pure function that makes a plan: the plans are kept, by its arguments."""
+    cached: Any = lru_cache(maxsize=_PLANS)(make)
+    _kept.append(cached)
+    return cached
+
+
+def forget_plans() -> None:
+    """For whoever changes what the functions return that choose launch configs."""
+    for cached in _kept:
+        cached.cache_clear()
 
 
 class RowsPlan(NamedTuple):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 
 import torch
 
-from fastattn.kernels._config import ceil_div, loads_are_wide, power_of_2, walk_grid, warps_of
-from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
+from fastattn.kernels._config import ceil_div, loads_are_wide, power_of_2, tunable, walk_grid, warps_of
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 # What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
@@ -51,12 +50,17 @@ class WalkConfig:
     programs: int
 
 
-@cache
+# In the keys, wider rows are one: they are walked in tiles of columns.
+_MOST_COLUMNS = 1024
+
+
+@tunable(lambda target: ())
 def select_gelu_config(target: Target) -> GeluConfig:
     """8 elements a thread: one 16-byte load in 16-bit types, two in float32."""
     return GeluConfig(block=1024, num_warps=2 if target.backend == "hip" else 4)
 
 
+@tunable(lambda width, target: (min(power_of_2(width), _MOST_COLUMNS),))
 def select_tile_config(width: int, target: Target) -> TileConfig:
     """8 elements a thread, as for GELU, in rows of at most 256 columns.
 
@@ -68,7 +72,7 @@ def select_tile_config(width: int, target: Target) -> TileConfig:
     return TileConfig(1024 // block_n, block_n, warps_of(4, target))
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def tile_plan(
     shape: Sequence[int], strides: tuple[Sequence[int] | None, ...], config: TileConfig | None, target: Target
 ) -> RowsPlan:
@@ -89,6 +93,13 @@ def tile_plan(
     return RowsPlan(in_place, distances, (programs,), constants)
 
 
+@tunable(
+    lambda width, alignment, dtype, target: (
+        min(power_of_2(width), _MOST_COLUMNS),
+        loads_are_wide(alignment, dtype),
+        8 * dtype.itemsize,
+    )
+)
 def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: Target) -> WalkConfig:
     """Tiles of 16 elements a thread, whose sums stay in registers; 8 programs of 4 warps a multiprocessor.
 
@@ -110,7 +121,7 @@ def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: T
     )
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def walk_plan(
     shape: Sequence[int],
     strides: tuple[Sequence[int] | None, ...],
@@ -124,14 +135,15 @@ def walk_plan(
     in_place, distances = rows_read(shape, strides, 1)
     alignment = math.gcd(width, *distances, 16)
     config = config or select_walk_config(width, alignment, dtype, target)
+    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
     constants = {
         "ROWS": rows,
         "WIDTH": width,
         "ALIGNMENT": alignment,
+        "TILES_ON_TWO_AXES": grid[2] > 1,
         "NUM_STAGES": config.num_stages,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
     }
-    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
     return RowsPlan(in_place, distances, grid, constants)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastattn.kernels._config import power_of_2, warps_of
+from fastattn.kernels._config import power_of_2, tunable, warps_of
 from fastattn.kernels._target import Target
 
 # A multiprocessor holds 12 programs at a time (`python -m benchmarks inspect rotary`): so many are two to three waves.
@@ -22,6 +22,7 @@ class RotaryConfig:
     num_warps: int
 
 
+@tunable(lambda pairs, rest, target: (power_of_2(pairs), power_of_2(rest) if rest else 0))
 def select_rotary_config(pairs: int, rest: int, target: Target) -> RotaryConfig:
     """8 pairs a thread: of 16-bit features two 16-byte loads. Wider heads take more warps, a position a program.
 

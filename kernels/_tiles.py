@@ -44,6 +44,71 @@ def _load_rows(
 
 
 @triton.jit
+def _rows_at(tensor, batch, head, first):
+    """Where `_load_tile` finds one head's rows from `first` on: (pointer, its strides), or (descriptor, batch, head).
+
+    tensor: `Rows`, or a descriptor of its four dimensions, which is for sequences that are not packed: first is 0 then.
+    """
+    if isinstance(tensor, tl.tensor_descriptor):
+        return tensor, batch.to(tl.int32), head.to(tl.int32)
+    else:
+        corner = tensor.ptr + batch * tensor.stride_b + head * tensor.stride_h + first * tensor.stride_m
+        return corner, tensor.stride_m, tensor.stride_h
+
+
+@triton.jit
+def _of_head(place, member):
+    """The same rows of the head that lies `member` heads behind."""
+    if isinstance(place[0], tl.tensor_descriptor):
+        return place[0], place[1], place[2] + member
+    else:
+        return place[0] + tl.cast(member, tl.int64) * place[2], place[1], place[2]
+
+
+@triton.jit
+def _load_tile(
+    place,
+    first,
+    SEQ,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MAY_OVERRUN: tl.constexpr,
+):
+    """What `_load_rows` gives, from what `_rows_at` returned.
+
+    A descriptor's load is one instruction of one thread, and has zeros beyond the tensor's own rows and columns.
+    """
+    if isinstance(place[0], tl.tensor_descriptor):
+        return place[0].load([place[1], place[2], first, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        return _load_rows(place[0], first, place[1], SEQ, HEAD_DIM, ROWS, BLOCK_D, MAY_OVERRUN)
+
+
+@triton.jit
+def _load_own_tile(
+    ptr,
+    first,
+    stride,
+    SEQ,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+):
+    """The tile that a program keeps throughout its loop.
+
+    Where warps are specialized the compiler gives half of the rows to each of two warp groups, and can cut no load but
+    that of a descriptor of two dimensions which the kernel makes itself (Triton 3.6 to 3.9).
+    """
+    if SPECIALIZED:
+        rows = tl.make_tensor_descriptor(ptr, [SEQ, HEAD_DIM], [stride, 1], [ROWS, BLOCK_D])
+        return rows.load([first, 0])
+    else:
+        return _load_rows(ptr, first, stride, SEQ, HEAD_DIM, ROWS, BLOCK_D, MAY_OVERRUN=True)
+
+
+@triton.jit
 def _store_rows(
     ptr,
     tile,
@@ -167,22 +232,58 @@ def _query_schedule(
 
 @triton.jit
 def _stretch(PART: tl.constexpr, begin, full_begin, full_end, end):
-    """Bounds of one of a schedule's three stretches: masked, not masked, masked."""
+    """Bounds of one of a schedule's three stretches, masked, not masked, masked; or, as the fourth, of all in one."""
     if PART == 0:
         return begin, tl.minimum(full_begin, end)
     elif PART == 1:
         return full_begin, full_end
-    else:
+    elif PART == 2:
         return tl.maximum(full_begin, full_end), end
+    else:
+        return begin, end
 
 
 @triton.jit
-def _visible(rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether each query sees each key; rows and keys broadcast against each other."""
-    # The second part holds of every row: it gives the result the shape of the scores.
-    visible = (keys < SEQ_K) & (rows >= 0)
-    if HAS_LEFT:
-        visible = visible & (keys >= rows + LOW)
-    if HAS_RIGHT:
-        visible = visible & (keys <= rows + HIGH)
+def _visible(
+    first_row,
+    first_key,
+    rows,
+    keys,
+    SEQ_K,
+    LOW,
+    HIGH,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    ENDS_OF: tl.constexpr,
+):
+    """Whether each query sees each key; rows and keys count within the tile and broadcast against each other.
+
+    ENDS_OF: "none" compares positions, in the fewest registers: for a loop that few tiles take. "rows" finds each
+    row's ends within the tile first, "keys" each key's, which leaves a comparison with a constant an end and score: for
+    a loop of all tiles, in which a thread's scores belong to few rows, or to few keys.
+    """
+    if ENDS_OF == "rows":
+        last = rows * 0 + (SEQ_K - 1 - first_key)  # of the rows' shape
+        if HAS_RIGHT:
+            last = tl.minimum(rows + (first_row + HIGH - first_key), last)
+        visible = keys <= last
+        if HAS_LEFT:
+            visible = visible & (keys >= rows + (first_row + LOW - first_key))
+    elif ENDS_OF == "keys":
+        first = keys * 0  # of the keys' shape
+        if HAS_RIGHT:
+            first = keys + (first_key - HIGH - first_row)
+        # No row of a tile is that far.
+        visible = rows >= tl.where(keys < SEQ_K - first_key, first, 1 << 20)
+        if HAS_LEFT:
+            visible = visible & (rows <= keys + (first_key - LOW - first_row))
+    else:
+        rows = first_row + rows
+        keys = first_key + keys
+        # The second part holds of every row: it gives the result the shape of the scores.
+        visible = (keys < SEQ_K) & (rows >= 0)
+        if HAS_LEFT:
+            visible = visible & (keys >= rows + LOW)
+        if HAS_RIGHT:
+            visible = visible & (keys <= rows + HIGH)
     return visible

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load, select_attention_config
+from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_forms import fitting_config
 from fastattn.kernels._layout import block_d, empty_gradient, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
@@ -87,7 +88,7 @@ def attention_backward(
         out, lse: what `attention_forward` returned.
         needs: which of the five are needed; one that is not is returned as an empty tensor.
         options: the fields of `AttentionOptions`.
-        config: replaces the one chosen for the shape and device.
+        config: replaces the one chosen for the shape and device; see `fitting_config` for one with descriptors.
     """
     asked = AttentionOptions(*options)  # type: ignore[arg-type]
     given = (q, k, v, asked.bias, asked.sinks)
@@ -103,11 +104,10 @@ def attention_backward(
             return dq, dk, dv, dbias, dsinks
     q, k, v, out, dout = (rows_contiguous(t) for t in (q, k, v, out, dout))
     lse = lse.contiguous()
-    if config is None:
-        target = _target.target_of(q.device)
-        config = select_attention_config(max(q.size(3), v.size(3)), q.dtype, target, score_load(asked))
+    target, load = _target.target_of(q.device), score_load(asked)
     if q.numel() == 0 or asked.sequences(q.size(0)) == 0:
         return dq, dk, dv, dbias, dsinks
+    config = fitting_config(config, (q, k, v, dout), max(q.size(3), v.size(3)), target, load, asked)
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
         delta = _launch_delta(dout, dlse, out, lse, config) if any(needs[i] for i in (0, 1, 3, 4)) else lse

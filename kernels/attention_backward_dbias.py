@@ -100,7 +100,9 @@ def _accumulate_dbias(
             scores, _cap_slope = _scores_of(
                 products, score, slope, batch, head, first_row, first_key, rows, keys, rows_q, offset
             )
-            visible = _visible(first_row + rows, first_key + keys, seq_k, low, high, HAS_LEFT, HAS_RIGHT)
+            visible = _visible(
+                first_row, first_key, rows, keys, seq_k, low, high, HAS_LEFT, HAS_RIGHT, "none"
+            )
             weights = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
             dweights = tl.dot(grad, tl.trans(value), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)

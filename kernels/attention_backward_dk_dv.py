@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
+from fastattn.kernels import _target
+from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
 from fastattn.kernels._attention_config import AttentionConfig
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._options import AttentionOptions
@@ -17,8 +18,11 @@ from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_window,
     _load_log2_sum,
-    _load_rows,
+    _load_own_tile,
+    _load_tile,
+    _of_head,
     _query_schedule,
+    _rows_at,
     _sequence,
     _split_program,
     _store_rows,
@@ -33,20 +37,20 @@ def _accumulate_dk_dv(
     dv,
     k,
     v,
-    q_ptr,
-    dout_ptr,
+    q_rows,
+    dout_rows,
     lse_ptr,
     delta_ptr,
-    stride_qm,
-    stride_dom,
+    stride_lse,
     score,
-    slope,
     batch,
-    head,
+    first_head,
     HEADS,
     first_key,
     begin,
     end,
+    lap,
+    lap_begin,
     SEQ_Q,
     SEQ_K,
     OFFSET,
@@ -63,31 +67,49 @@ def _accumulate_dk_dv(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """Adds dS^T Q and P^T dO of queries begin .. end, BLOCK_M at a time, to dk and dv.
 
+    With ONE_LOOP begin .. end counts tiles instead, of several heads: `lap` tiles of each, from query `lap_begin` on.
     Scores are held transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T enter their products from registers.
     """
+    ENDS: tl.constexpr = "keys" if ONE_LOOP else "none"
     keys = tl.arange(0, BLOCK_N)[:, None]  # (BLOCK_N, 1), within the tile, as rows are
     rows = tl.arange(0, BLOCK_M)[None, :]  # (1, BLOCK_M)
-    for first_row in tl.range(begin, end, BLOCK_M):
-        q = _load_rows(q_ptr, first_row, stride_qm, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-        dout = _load_rows(dout_ptr, first_row, stride_dom, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
+    head = first_head
+    slope = _slope_of(score.slopes, batch, head)
+    for step in tl.range(begin, end, 1 if ONE_LOOP else BLOCK_M, warp_specialize=SPECIALIZED):
+        first_row = step
+        member = 0
+        if ONE_LOOP:
+            member = step // lap
+            first_row = lap_begin + (step - member * lap) * BLOCK_M
+            head = first_head + member
+            slope = _slope_of(score.slopes, batch, head)
+        q = _load_tile(
+            _of_head(q_rows, member), first_row, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True
+        )
+        dout = _load_tile(
+            _of_head(dout_rows, member), first_row, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True
+        )
         places = first_row + tl.arange(0, BLOCK_M)
-        lse_log2 = _load_log2_sum(lse_ptr, places, SEQ_Q)
+        statistics = tl.cast(member, tl.int64) * stride_lse
+        lse_log2 = _load_log2_sum(lse_ptr + statistics, places, SEQ_Q)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
         scores, cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         weights = tl.exp2(scores - lse_log2[None, :])
         if MASKED:
-            visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)
+            visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             weights = tl.where(visible, weights, 0.0)
         if NEEDS_DV:
             kept = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
             dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
         if NEEDS_DK:
-            delta = tl.load(delta_ptr + places, mask=places < SEQ_Q, other=0.0)
+            delta = tl.load(delta_ptr + statistics + places, mask=places < SEQ_Q, other=0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
             dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
             dscores = weights * (dweights - delta[None, :])
@@ -129,6 +151,8 @@ def _attention_dk_dv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """One program computes BLOCK_N rows of dk and dv of one key head, over all queries of its GROUPS heads.
 
@@ -142,15 +166,16 @@ def _attention_dk_dv_kernel(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     first_key = tile * BLOCK_N
-    if first_key >= rows_k:
-        return
+    if sequences.starts_k is not None:  # no other tile begins beyond the last key
+        if first_key >= rows_k:
+            return
     heads = KV_HEADS * GROUPS
     k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
     v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
     dk_ptr = dk.ptr + held * dk.stride_b + kv_head * dk.stride_h + start_k * dk.stride_m
     dv_ptr = dv.ptr + held * dv.stride_b + kv_head * dv.stride_h + start_k * dv.stride_m
-    key = _load_rows(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
-    value = _load_rows(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=True)
+    key = _load_own_tile(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALIZED)
+    value = _load_own_tile(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, SPECIALIZED)
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     begin, full_begin, full_end, end = _query_schedule(
@@ -160,19 +185,24 @@ def _attention_dk_dv_kernel(
         # A tile of hidden keys alone visits no query.
         end = tl.where(first_key < seq_k, end, 0)
         full_end = tl.where(first_key < seq_k, full_end, 0)
-    for group in range(GROUPS):
+    lap = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
+    # With one loop for all heads of the group, it is a single turn of this one.
+    for group in range(1 if ONE_LOOP else GROUPS):
         head = kv_head * GROUPS + group
-        q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
-        dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
         statistics = (held * heads + head) * SEQ_Q + start_q
-        slope = _slope_of(score.slopes, batch, head)
-        for part in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+        for part in tl.static_range(
+            3 if ONE_LOOP else 0 if HAS_RIGHT else 1, 4 if ONE_LOOP else 3 if HAS_LEFT else 2
+        ):
             first, last = _stretch(part, begin, full_begin, full_end, end)
+            if ONE_LOOP:
+                first = begin * 0
+                last = lap * GROUPS
             sum_k, sum_v = _accumulate_dk_dv(
-                sum_k, sum_v, key, value, q_ptr, dout_ptr, lse_ptr + statistics, delta_ptr + statistics,
-                q.stride_m, dout.stride_m, score, slope, batch, head, heads, first_key, first, last,
-                rows_q, seq_k, offset, low, high, HAS_LEFT, HAS_RIGHT, NEEDS_DK, NEEDS_DV, part != 1,
-                HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+                sum_k, sum_v, key, value, _rows_at(q, held, head, start_q), _rows_at(dout, held, head, start_q),
+                lse_ptr + statistics, delta_ptr + statistics, SEQ_Q, score, batch, head, heads,
+                first_key, first, last, lap, begin, rows_q, seq_k, offset, low, high,
+                HAS_LEFT, HAS_RIGHT, NEEDS_DK, NEEDS_DV, part != 1,
+                HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, ONE_LOOP, SPECIALIZED,
             )  # fmt: skip
     if sequences.key_lengths is not None:
         # Hidden keys entered as zeros, whose weights are not.
@@ -204,13 +234,16 @@ def launch_dk_dv(
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
     sequences, longest = asked.sequences(batch), asked.longest_k(seq_k)
-    _attention_dk_dv_kernel[(triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)](
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dk=rows_of(dk), dv=rows_of(dv),
+    grid = (triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)
+    width_k, width_v = block_d(head_dim), block_d(v_dim)
+    _target.launcher(_attention_dk_dv_kernel, grid, q, tiles.form == "specialized")(
+        q=read_rows(q, tiles, tiles.block_m, width_k), dout=read_rows(dout, tiles, tiles.block_m, width_v),
+        k=rows_of(k), v=rows_of(v), dk=rows_of(dk), dv=rows_of(dv),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=longest,
         **window_of(asked),
         NEEDS_DK=needs_dk, NEEDS_DV=needs_dv, HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
+        **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
+from fastattn.kernels import _target
+from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
 from fastattn.kernels._attention_config import AttentionConfig
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._options import AttentionOptions
@@ -15,7 +16,9 @@ from fastattn.kernels._tiles import (
     _key_schedule,
     _key_window,
     _load_log2_sum,
-    _load_rows,
+    _load_own_tile,
+    _load_tile,
+    _rows_at,
     _sequence,
     _split_program,
     _store_rows,
@@ -31,10 +34,8 @@ def _accumulate_dq(
     dout,
     lse_log2,
     delta,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_vn,
+    k_rows,
+    v_rows,
     score,
     slope,
     batch,
@@ -57,20 +58,23 @@ def _accumulate_dq(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """Adds dS K of keys begin .. end, BLOCK_N at a time, to dq (BLOCK_M, BLOCK_D)."""
+    ENDS: tl.constexpr = "rows" if ONE_LOOP else "none"
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
-    for first_key in tl.range(begin, end, BLOCK_N):
-        k = _load_rows(k_ptr, first_key, stride_kn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
-        v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+    for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
+        k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
+        v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores, cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         weights = tl.exp2(scores - lse_log2[:, None])
         if MASKED:
-            visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)
+            visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             weights = tl.where(visible, weights, 0.0)
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
@@ -110,6 +114,8 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of dq of one head of one sequence, over all keys they see.
 
@@ -124,17 +130,20 @@ def _attention_dq_kernel(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     first_row = (tl.cdiv(rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
-    if first_row < 0:
-        return
+    # Only packed rows return here, but the compiler computes with the sign it learns. Before a specialized loop, which
+    # has no packed rows, it takes no return.
+    if not SPECIALIZED:
+        if first_row < 0:
+            return
     q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
-    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
-    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    k_rows = _rows_at(k, held, kv_head, start_k)
+    v_rows = _rows_at(v, held, kv_head, start_k)
     dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
     dq_ptr = dq.ptr + held * dq.stride_b + head * dq.stride_h + start_q * dq.stride_m
     statistics = (held * HEADS + head) * SEQ_Q + start_q
 
-    query = _load_rows(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
-    grad = _load_rows(dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
+    query = _load_own_tile(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED)
+    grad = _load_own_tile(dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, SPECIALIZED)
     rows = first_row + tl.arange(0, BLOCK_M)
     lse_log2 = _load_log2_sum(lse_ptr + statistics, rows, rows_q)
     delta = tl.load(delta_ptr + statistics + rows, mask=rows < rows_q, other=0.0)
@@ -143,12 +152,13 @@ def _attention_dq_kernel(
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(3 if ONE_LOOP else 0 if HAS_LEFT else 1, 4 if ONE_LOOP else 3):
         first, last = _stretch(part, begin, full_begin, full_end, end)
         accumulator = _accumulate_dq(
-            accumulator, query, grad, lse_log2, delta, k_ptr, v_ptr, k.stride_m, v.stride_m,
+            accumulator, query, grad, lse_log2, delta, k_rows, v_rows,
             score, slope, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
     _store_rows(dq_ptr, accumulator * scale, first_row, dq.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D)
 
@@ -168,13 +178,17 @@ def launch_dq(
     kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     tiles = config.dq
     sequences, longest = asked.sequences(batch), asked.longest_q(seq_q)
-    _attention_dq_kernel[(triton.cdiv(longest, tiles.block_m) * heads * sequences,)](
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout), dq=rows_of(dq),
+    grid = (triton.cdiv(longest, tiles.block_m) * heads * sequences,)
+    width_k, width_v = block_d(head_dim), block_d(v_dim)
+    _target.launcher(_attention_dq_kernel, grid, q, tiles.form == "specialized")(
+        q=rows_of(q),
+        k=read_rows(k, tiles, tiles.block_n, width_k), v=read_rows(v, tiles, tiles.block_n, width_v),
+        dout=rows_of(dout), dq=rows_of(dq),
         lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
         HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
         MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
         **window_of(asked),
         HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
+        **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

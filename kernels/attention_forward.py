@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load, select_attention_config
+from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
+from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_forms import fitting_config
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
@@ -22,7 +23,9 @@ from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_schedule,
     _key_window,
-    _load_rows,
+    _load_own_tile,
+    _load_tile,
+    _rows_at,
     _sequence,
     _split_program,
     _store_rows,
@@ -37,10 +40,8 @@ def _attend_keys(
     row_max,
     row_sum,
     q,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_vn,
+    k_rows,
+    v_rows,
     score,
     slope,
     batch,
@@ -63,22 +64,25 @@ def _attend_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """Folds keys begin .. end, BLOCK_N at a time, into (accumulator, row_max, row_sum)."""
+    ENDS: tl.constexpr = "rows" if ONE_LOOP else "none"
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
-    for first_key in tl.range(begin, end, BLOCK_N):
-        k = _load_rows(k_ptr, first_key, stride_kn, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
+    for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
+        k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores, _cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
         if MASKED:
-            visible = _visible(first_row + rows, first_key + keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT)
+            visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             scores = tl.where(visible, scores, float("-inf"))
         weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum)
         weights = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
-        v = _load_rows(v_ptr, first_key, stride_vn, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+        v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
     return accumulator, row_max, row_sum
@@ -111,11 +115,14 @@ def _attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of out and lse of one head of one sequence.
 
     Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first: under a causal mask it is the
-    longest. q, k, v and out are `Rows`, lse (batch, HEADS, SEQ_Q), contiguous; SEQ_Q and SEQ_K are the tensors'.
+    longest. q and out are `Rows`, k and v too or both descriptors of (1, 1, BLOCK_N, width), lse (batch, HEADS, SEQ_Q),
+    contiguous; SEQ_Q and SEQ_K are the tensors'.
     """
     tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
     kv_head = head // GROUPS
@@ -125,15 +132,18 @@ def _attention_forward_kernel(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     first_row = (tl.cdiv(rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
-    if first_row < 0:
-        return
+    # Only packed rows return here, but the compiler computes with the sign it learns. Before a specialized loop, which
+    # has no packed rows, it takes no return.
+    if not SPECIALIZED:
+        if first_row < 0:
+            return
     q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
-    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
-    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    k_rows = _rows_at(k, held, kv_head, start_k)
+    v_rows = _rows_at(v, held, kv_head, start_k)
     out_ptr = out.ptr + held * out.stride_b + head * out.stride_h + start_q * out.stride_m
     lse_ptr += (held * HEADS + head) * SEQ_Q + start_q
 
-    query = _load_rows(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
+    query = _load_own_tile(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -145,12 +155,13 @@ def _attention_forward_kernel(
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for part in tl.static_range(3 if ONE_LOOP else 0 if HAS_LEFT else 1, 4 if ONE_LOOP else 3):
         first, last = _stretch(part, begin, full_begin, full_end, end)
         accumulator, row_max, row_sum = _attend_keys(
-            accumulator, row_max, row_sum, query, k_ptr, v_ptr, k.stride_m, v.stride_m,
+            accumulator, row_max, row_sum, query, k_rows, v_rows,
             score, slope, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
 
     # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
@@ -170,7 +181,7 @@ def attention_forward(
         q: (batch, heads, seq_q, head_dim).
         k, v: (batch, kv_heads, seq_k, head_dim) and (batch, kv_heads, seq_k, v_dim).
         options: the fields of `AttentionOptions`.
-        config: replaces the one chosen for the shape and device.
+        config: replaces the one chosen for the shape and device; see `fitting_config` for one with descriptors.
 
     Returns:
         out (batch, heads, seq_q, v_dim), and lse (batch, heads, seq_q), float32, natural logarithm.
@@ -188,24 +199,24 @@ def attention_forward(
         if not packed:
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    if config is None:
-        target = _target.target_of(q.device)
-        config = select_attention_config(max(head_dim, v_dim), q.dtype, target, score_load(asked))
-    tiles = config.forward
+    target, load = _target.target_of(q.device), score_load(asked)
+    tiles = fitting_config(config, (k, v), max(head_dim, v_dim), target, load, asked).forward
     longest = asked.longest_q(seq_q)
     grid = (triton.cdiv(longest, tiles.block_m) * heads * asked.sequences(batch),)
     if grid[0] == 0:
         return out, lse
     sinks = None if asked.sinks is None else asked.sinks.contiguous()
+    width_k, width_v = block_d(head_dim), block_d(v_dim)
     with _target.launching_on(q):
-        _attention_forward_kernel[grid](
-            q=rows_of(q), k=rows_of(k), v=rows_of(v), out=rows_of(out), lse_ptr=lse,
+        _target.launcher(_attention_forward_kernel, grid, q, tiles.form == "specialized")(
+            q=rows_of(q), k=read_rows(k, tiles, tiles.block_n, width_k), v=read_rows(v, tiles, tiles.block_n, width_v),
+            out=rows_of(out), lse_ptr=lse,
             score=score_of(asked, q), sequences=sequences_of(asked), sinks_ptr=sinks,
             HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
             MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
             **window_of(asked),
             HEAD_DIM=head_dim, V_DIM=v_dim,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
+            **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out, lse

@@ -77,6 +77,7 @@ def _bias_activation_backward_kernel(
     ROWS,
     WIDTH,
     ACTIVATION: tl.constexpr,
+    TILES_ON_TWO_AXES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,7 +91,7 @@ def _bias_activation_backward_kernel(
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     stride_dym, stride_xm = _multiple_of(stride_dym, ALIGNMENT), _multiple_of(stride_xm, ALIGNMENT)
     program = tl.program_id(0).to(tl.int64)
-    columns = _column_tile() * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = _column_tile(TILES_ON_TWO_AXES) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
     if bias_ptr is not None:
         bias = _load_bias(bias_ptr, columns, WIDTH)

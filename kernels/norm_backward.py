@@ -8,7 +8,6 @@ walked in column tiles, after a kernel that makes the two means of each row.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from fastattn.kernels._norm_tiles import (
     _x_hat,
 )
 from fastattn.kernels._partials import add_up_partials
-from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -61,6 +60,7 @@ def _norm_backward_kernel(
     FROM_OUTPUT: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
+    TILES_ON_TWO_AXES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,7 +76,7 @@ def _norm_backward_kernel(
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     NEEDS_DX: tl.constexpr = dsum_ptr is not None or dx_ptr is not None
     program = tl.program_id(0).to(tl.int64)
-    start = _column_tile() * BLOCK_N
+    start = _column_tile(TILES_ON_TWO_AXES) * BLOCK_N
     columns = start + tl.arange(0, BLOCK_N)
     column_inside = columns < WIDTH  # (BLOCK_N,): the last tile overruns
     scale = _load_scale(weight_ptr, columns, WIDTH, BLOCK_M, ZERO_CENTERED)
@@ -292,7 +292,7 @@ class _Plan(NamedTuple):
     row_means: tuple[tuple[int], dict[str, Any]] | None
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def _plan(
     shape: torch.Size,
     strides: tuple[tuple[int, ...] | None, ...],
@@ -310,11 +310,12 @@ def _plan(
     walk, sums = config.walk, config.sums
     grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
     sizes = {"ROWS": rows, "WIDTH": width, "ALIGNMENT": alignment}
+    constants = sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
     row_means = None
     if walk.block_n < width:
         row_means = (ceil_div(rows, config.row_means.block_m),), sizes | _tile(config.row_means)
     return _Plan(
-        RowsPlan(in_place, distances, grid, sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages}),
+        RowsPlan(in_place, distances, grid, constants),
         (grid[0], width),
         (sums.block_m, sums.block_n, sums.num_warps),
         row_means,

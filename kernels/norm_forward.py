@@ -7,7 +7,6 @@ the others are read a second time.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -31,7 +30,7 @@ from fastattn.kernels._norm_tiles import (
     _rows_of,
     _store_tile,
 )
-from fastattn.kernels._plan import PLANS, RowsPlan, rows_read
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -236,7 +235,7 @@ def norm_forward(
     return y, summed, mean, rstd
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def _plan(
     shape: torch.Size,
     strides: tuple[int, ...],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_rows, rows_contiguous
-from fastattn.kernels._plan import PLANS
+from fastattn.kernels._plan import planned
 from fastattn.kernels._rotary_config import heads_of_program, select_rotary_config
 from fastattn.kernels._target import Target
 
@@ -303,7 +302,7 @@ class _Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-@lru_cache(maxsize=PLANS)
+@planned
 def _plan(
     shapes: tuple[torch.Size, ...],
     strides: tuple[tuple[int, ...], ...],

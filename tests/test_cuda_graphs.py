@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
+from fastattn.ops._register import LAUNCHERS
 from fastattn.testing import make_tensor
 
 BATCH, HEADS, SEQ, WIDTH = 2, 2, 13, 16
@@ -85,7 +86,7 @@ def _step(call: Call, inputs: list[Tensor]) -> list[Tensor]:
 class _NothingWaits(TorchDispatchMode):
     """Refuses the operators whose result, or its shape, the host has to wait for."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero")
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "_unique2", "is_nonzero")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -94,6 +95,9 @@ class _NothingWaits(TorchDispatchMode):
             assert not any(t is not None and t.dtype == torch.bool for t in args[1]), (
                 f"{name} by a mask waits"
             )
+        if func.namespace == "fastattn":
+            with self:  # what the operator runs is looked at too
+                return LAUNCHERS[name](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -114,6 +118,15 @@ def test_nothing_waits_for_the_device(name: str, device: torch.device, no_checks
         with _NothingWaits():
             found = _step(call, inputs)
     assert [t.shape for t in found] == [t.shape for t in expected]
+
+
+def test_what_waits_within_an_operator_is_found(
+    device: torch.device, no_checks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator's own calls went by unseen, and in them is nearly everything."""
+    monkeypatch.setitem(LAUNCHERS, "gelu_forward", lambda x, approximate: x * x.sum().item())
+    with fastattn.use_implementation("triton"), pytest.raises(AssertionError, match="waits"), _NothingWaits():
+        fastattn.gelu(make_tensor(3, device=device))
 
 
 def test_what_waits_is_found() -> None:

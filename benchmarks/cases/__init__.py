@@ -7,9 +7,9 @@ values in the same layout. benchmarks/suites.py says which cases are measured.
 from benchmarks.cases.attention import AttentionCase
 from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
 from benchmarks.cases.loss import LinearLossCase, LossCase
-from benchmarks.cases.mlp import BiasGeluCase, GegluCase, GeluCase, MlpCase
+from benchmarks.cases.mlp import BiasGeluCase, GegluCase, GeluCase, MlpCase, SwigluCase
 from benchmarks.cases.model import BlockCase, GptCase, call_block
-from benchmarks.cases.norm import AddLayerNormCase, LayerNormCase, RMSNormCase
+from benchmarks.cases.norm import AddLayerNormCase, AddRMSNormCase, LayerNormCase, RMSNormCase
 from benchmarks.cases.rotary import RotaryCase
 
 OpCase = (
@@ -19,6 +19,7 @@ OpCase = (
     | GeluCase
     | BiasGeluCase
     | GegluCase
+    | SwigluCase
     | MlpCase
     | LossCase
     | LinearLossCase
@@ -30,6 +31,7 @@ __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "AddLayerNormCase",
+    "AddRMSNormCase",
     "AttentionCase",
     "BiasGeluCase",
     "BlockCase",
@@ -44,6 +46,7 @@ __all__ = [
     "OpCase",
     "RMSNormCase",
     "RotaryCase",
+    "SwigluCase",
     "call_block",
     "draw",
     "shape_of",

@@ -70,6 +70,31 @@ class GegluCase(GeluCase):
 
 
 @dataclass(frozen=True)
+class SwigluCase:
+    """value * silu(gate) of x (rows, 2 * width), value first."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    operation: ClassVar[str] = "swiglu"
+
+    @property
+    def name(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.width}"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        return (draw(self.rows, 2 * self.width, dtype=self.dtype, device=device, requires_grad=True),)
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        (x,) = tensors
+        return reference.swiglu(x)
+
+    part = staticmethod(spread_rows)
+    samples = staticmethod(everything)
+
+
+@dataclass(frozen=True)
 class MlpCase:
     """gelu(x W1^T + b1) W2^T + b2 of x (rows, width), with W1 (hidden, width)."""
 

@@ -72,6 +72,7 @@ class AddLayerNormCase:
 
     operation: ClassVar[str] = "add_layer_norm"
     affine: ClassVar[bool] = True
+    parameters: ClassVar[int] = 2
 
     @property
     def name(self) -> str:
@@ -80,12 +81,16 @@ class AddLayerNormCase:
         return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.width}{residual}{dropout}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-        """x, residual, weight and bias."""
+        """x, residual, weight and, where there is one, bias."""
         rows, width = (self.rows, self.width), (self.width,)
-        dtypes = (self.dtype, self.residual_dtype or self.dtype, self.dtype, self.dtype)
+        drawn: list[tuple[tuple[int, ...], torch.dtype]] = [
+            (rows, self.dtype),
+            (rows, self.residual_dtype or self.dtype),
+        ]
+        drawn += [(width, self.dtype)] * self.parameters
         return tuple(
             draw(*shape, dtype=dtype, device=device, requires_grad=True, seed=seed)
-            for seed, (shape, dtype) in enumerate(zip((rows, rows, width, width), dtypes, strict=True))
+            for seed, (shape, dtype) in enumerate(drawn)
         )
 
     def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -95,3 +100,16 @@ class AddLayerNormCase:
 
     part = staticmethod(spread_rows)
     samples = staticmethod(everything)
+
+
+@dataclass(frozen=True)
+class AddRMSNormCase(AddLayerNormCase):
+    """(y, h) of h = residual + x and its RMSNorm y; without a bias."""
+
+    operation: ClassVar[str] = "add_rms_norm"
+    parameters: ClassVar[int] = 1
+
+    def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, residual, weight = tensors
+        total = reference.residual_sum(x, residual)
+        return reference.rms_norm(total, self.width, weight, out_dtype=x.dtype), total

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.costs import attention_pairs
 from benchmarks.inspection.launches import Launch, tensors_of
@@ -135,7 +136,8 @@ def _products(launch: Launch) -> int:
 
 def _pairs(arguments: dict[str, Any]) -> tuple[int, int]:
     """(heads of all sequences, visible scores of one)."""
-    batch, heads = arguments["q"].ptr.shape[:2]
+    q = arguments["q"]
+    batch, heads = q.shape[:2] if isinstance(q, TensorDescriptor) else q.ptr.shape[:2]
     seq_q, seq_k = arguments["SEQ_Q"], arguments["SEQ_K"]
     causal: bool | str = False
     if arguments["RIGHT"] == 0:

@@ -18,19 +18,19 @@ from benchmarks.cases.attention_options import split_options
 from benchmarks.inspection import compare
 from benchmarks.inspection.launches import LaunchError, user_launch
 from benchmarks.inspection.rows import (
+    DEFAULT_ARCHS,
+    Compiled,
     InspectionRow,
+    compile_case,
+    compile_row,
     failures,
-    inspect_case,
-    inspect_launch,
+    is_telling,
     launches_of,
+    read_rows,
     shipped_cases,
 )
 from benchmarks.measure import first_line
 from fastattn.kernels._target import KNOWN_TARGETS
-
-# One of each family of launch configs; see kernels/_*_config.py.
-DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
-
 
 # As fastattn's attention has it. Not imported from there, as --diff runs this with other revisions of fastattn.
 _MOST_HEAD_DIM = 256  # with a backward
@@ -66,12 +66,12 @@ class Job:
     arch: str
     kernels: tuple[str, ...] = ()
 
-    def run(self) -> list[InspectionRow]:
+    def run(self) -> list[Compiled]:
         if isinstance(self.what, UserKernel):
             own = self.what
             launch = user_launch(own.spec, own.signature, own.num_warps, own.num_stages)
-            return [inspect_launch("user", self.arch, launch)]
-        return inspect_case(
+            return [compile_row("user", self.arch, launch)]
+        return compile_case(
             self.what, self.arch, lambda name: not self.kernels or name.startswith(self.kernels)
         )
 
@@ -87,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", nargs="+", default=list(DEFAULT_ARCHS), metavar="ARCH", help=", ".join(KNOWN_TARGETS)
     )
     parser.add_argument(
+        "--every-case", action="store_true",
+        help="also cases that another one stands for on sm_90, sm_80 and gfx942, as most of float32",
+    )  # fmt: skip
+    parser.add_argument(
         "--shape", nargs="+", default=[], metavar="NAME=VALUE",
         help="one shape instead of the shipped ones, e.g. seq_q=8192 head_dim=96 dtype=bf16 causal=top_left "
         "options=bias+softcap",
@@ -101,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-stages", type=int, default=3, metavar="N", help="of your own kernel (default 3)"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="how many kernels to compile at a time (default: as many as there are cores)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--diff", metavar="REV", help="what changed since another revision's kernels")
     parser.add_argument(
@@ -119,6 +127,8 @@ def plan(chosen: argparse.Namespace) -> list[Job]:
     for arch in chosen.arch:
         if arch not in KNOWN_TARGETS:
             raise InspectError(f"arch {arch!r} is unknown; there are {', '.join(KNOWN_TARGETS)}")
+    if chosen.jobs < 1:
+        raise InspectError(f"--jobs {chosen.jobs} must be at least 1")
     own = [name for name in chosen.kernels if ":" in name]
     named = tuple(name for name in chosen.kernels if ":" not in name)
     known = known_kernels() if named else []
@@ -136,7 +146,13 @@ def plan(chosen: argparse.Namespace) -> list[Job]:
         for case in cases if chosen.shape else ():
             _check_case(case, chosen.arch)
         whats += cases
-    return [Job(what, arch, named) for arch in chosen.arch for what in whats]
+    every = chosen.every_case or bool(chosen.shape)
+    return [
+        Job(what, arch, named)
+        for arch in chosen.arch
+        for what in whats
+        if every or isinstance(what, UserKernel) or is_telling(what, arch)
+    ]
 
 
 def _check_own(spec: str, signature: tuple[str, ...]) -> None:
@@ -220,21 +236,23 @@ def _shape_part(part: str, known: Collection[str]) -> tuple[str, Any]:
     return name, size
 
 
-def run_jobs(jobs: Sequence[Job], advance: Callable[[str, float], None] | None = None) -> list[InspectionRow]:
-    """Compiles the jobs, as many at a time as there are cores; rows come in the jobs' order."""
-    rows: list[InspectionRow] = []
-    for job, found in zip(jobs, _mapped(jobs), strict=True):
-        rows += found
+def run_jobs(
+    jobs: Sequence[Job], processes: int, advance: Callable[[str, float], None] | None = None
+) -> list[InspectionRow]:
+    """Compiles the jobs, some at a time, then reads them; rows come in the jobs' order."""
+    compiled: list[Compiled] = []
+    for job, found in zip(jobs, _mapped(jobs, min(len(jobs), processes)), strict=True):
+        compiled += found
         if advance is not None:
-            advance(f"{job.arch} {found[0].case if found else ''}", 1)
-    return rows
+            advance(f"{job.arch} {found[0].row.case if found else ''}", 1)
+    return read_rows(compiled)
 
 
-def _mapped(jobs: Sequence[Job]) -> Iterator[list[InspectionRow]]:
-    if len(jobs) == 1:
-        yield jobs[0].run()
+def _mapped(jobs: Sequence[Job], processes: int) -> Iterator[list[Compiled]]:
+    if processes <= 1:
+        yield from map(Job.run, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         yield from pool.imap(Job.run, jobs)
 
 
@@ -248,10 +266,10 @@ def inspect(chosen: argparse.Namespace, jobs: Sequence[Job], console: Console, p
         compare.check_revision(chosen.diff)
     unchecked = compare.why_unchecked() if chosen.check and not chosen.update_baseline else None
     if chosen.quiet:
-        rows = run_jobs(jobs)
+        rows = run_jobs(jobs, chosen.jobs)
     else:
         with progress(float(len(jobs))) as advance:
-            rows = run_jobs(jobs, advance)
+            rows = run_jobs(jobs, chosen.jobs, advance)
         console.print(inspection_table(rows))
         for line in notes(rows):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -280,6 +298,8 @@ def _repeated(chosen: argparse.Namespace) -> list[str]:
         str(chosen.num_warps),
         "--num-stages",
         str(chosen.num_stages),
+        "--jobs",
+        str(chosen.jobs),
     ]
     options += ["--shape", *chosen.shape] if chosen.shape else []
     options += ["--signature", *chosen.signature] if chosen.signature else []

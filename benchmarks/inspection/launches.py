@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import _target
 from fastattn.kernels._target import KNOWN_TARGETS
@@ -76,6 +78,7 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
     target = KNOWN_TARGETS[arch]
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(InterpretedFunction, "run", record),
         mock.patch.object(_target, "target_of", lambda device: target),
     ):
         yield launches
@@ -202,9 +205,10 @@ def _typed_source(launch: Launch) -> ASTSource:
 
 
 def tensors_of(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The distinct tensors among a launch's arguments, also those in tuples."""
+    """The distinct tensors among a launch's arguments, also those in tuples and behind descriptors."""
     found: dict[int, torch.Tensor] = {}
     for value in tree_leaves(list(arguments.values())):
+        value = value.base if isinstance(value, TensorDescriptor) else value
         if isinstance(value, torch.Tensor):
             found.setdefault(id(value), value)
     return list(found.values())

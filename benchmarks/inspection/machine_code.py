@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,30 +56,85 @@ class MachineCode:
 
 
 @dataclass(frozen=True)
+class Binary:
+    """A compiled kernel as far as it is read: small, so that it can be handed from process to process.
+
+    Attributes:
+        family: how the disassembler names the target ("SM90"), or "amd".
+        code: NVIDIA's instructions.
+        assembly: AMD's.
+        registers, stack, shared, warps, warp_specialized: as in `MachineCode`.
+    """
+
+    family: str
+    code: bytes
+    assembly: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    warp_specialized: bool = False
+
+
+@dataclass(frozen=True)
 class _Instruction:
     operation: str
     target: int | None  # where a branch jumps to, as a position in the list
 
 
-def read_machine_code(compiled: Any) -> MachineCode:
-    """Counts what is in Triton's compiled kernel, for NVIDIA or AMD."""
+def binary_of(compiled: Any) -> Binary:
+    """What is read of Triton's compiled kernel."""
     if "amdgcn" in compiled.asm:
-        return _read_amd(compiled)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        text = _cuobjdump(cubin.name)
-    instructions = _parse_sass(text)
-    operations = [i.operation for i in instructions]
-    loop = [i.operation for i in _main_loop(instructions, _sass_tensor)]
-    ttgir = compiled.asm["ttgir"]
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", text)
+        stack = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        return Binary(
+            "amd", b"", text, registers, stack, compiled.metadata.shared, compiled.metadata.num_warps
+        )
+    cubin, ttgir = compiled.asm["cubin"], compiled.asm["ttgir"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
     total = re.search(r'"ttg\.total-num-warps" = (\d+)', ttgir)
-    return MachineCode(
-        registers=_number(r"REG:(\d+)", text),
-        stack=_number(r"STACK:(\d+)", text),
+    return Binary(
+        f"SM{compiled.metadata.target.arch}",
+        _code_of(cubin),
+        "",
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
         warps=int(total.group(1)) if total else compiled.metadata.num_warps,
         warp_specialized="ttg.warp_specialize" in ttgir,
+    )
+
+
+def read_machine_codes(binaries: Sequence[Binary]) -> list[MachineCode]:
+    """Counts what is in each of them.
+
+    NVIDIA's disassembler takes half a second to start, ten times as long as most kernels take it: those of one target
+    are disassembled at once.
+    """
+    families = {binary.family for binary in binaries} - {"amd"}
+    of_family = {
+        family: iter(_disassemble(family, [b.code for b in binaries if b.family == family]))
+        for family in families
+    }
+    return [
+        _read_amd(binary) if binary.family == "amd" else _read_sass(binary, next(of_family[binary.family]))
+        for binary in binaries
+    ]
+
+
+def _read_sass(binary: Binary, instructions: Sequence[_Instruction]) -> MachineCode:
+    operations = [i.operation for i in instructions]
+    loop = [i.operation for i in _main_loop(instructions, _sass_tensor)]
+    return MachineCode(
+        registers=binary.registers,
+        stack=binary.stack,
+        shared=binary.shared,
+        warps=binary.warps,
+        warp_specialized=binary.warp_specialized,
         spill_loads=_count(operations, "LDL"),
         spill_stores=_count(operations, "STL"),
         tma_loads=_count(operations, "UTMALDG"),
@@ -92,15 +149,41 @@ def read_machine_code(compiled: Any) -> MachineCode:
     )
 
 
-def _cuobjdump(path: str) -> str:
-    """Resource usage, then instructions."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "-res-usage", "-sass", path]
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools in Triton's wheel prints."""
+    command = [str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _parse_sass(text: str) -> list[_Instruction]:
-    found = _SASS.findall(text)
+def _code_of(cubin: bytes) -> bytes:
+    """The contents of an ELF file's .text sections."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * index) for index in range(count)]
+    first_name = sections[names][4]
+    return b"".join(
+        cubin[section[4] : section[4] + section[5]]
+        for section in sections
+        if cubin.startswith(b".text.", first_name + section[0])
+    )
+
+
+def _disassemble(family: str, codes: Sequence[bytes]) -> list[list[_Instruction]]:
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        found = _SASS.findall(_tool("nvdisasm", "-b", family, file.name))
+    addresses = [int(address, 16) for address, _, _ in found]
+    instructions, start = [], 0
+    for code in codes:
+        first, start = bisect_left(addresses, start), start + len(code)
+        instructions.append(_parse_sass(found[first : bisect_left(addresses, start)]))
+    return instructions
+
+
+def _parse_sass(found: Sequence[tuple[str, str, str]]) -> list[_Instruction]:
+    """Instructions of one kernel, of (address, operation, operands)."""
     position = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
     instructions = []
     for _, operation, operands in found:
@@ -122,17 +205,17 @@ def _amd_tensor(operation: str) -> str | None:
     return "MFMA" if operation.startswith(("v_mfma", "v_smfma", "v_wmma")) else None
 
 
-def _read_amd(compiled: Any) -> MachineCode:
-    text = compiled.asm["amdgcn"]
+def _read_amd(binary: Binary) -> MachineCode:
+    text = binary.assembly
     spills = _number(r"\.vgpr_spill_count:\s*(\d+)", text)
     instructions = _parse_amd(text)
     operations = [i.operation for i in instructions]
     loop = [i.operation for i in _main_loop(instructions, _amd_tensor)]
     return MachineCode(
-        registers=_number(r"\.vgpr_count:\s*(\d+)", text),
-        stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", text),
-        shared=compiled.metadata.shared,
-        warps=compiled.metadata.num_warps,
+        registers=binary.registers,
+        stack=binary.stack,
+        shared=binary.shared,
+        warps=binary.warps,
         spill_loads=spills,
         spill_stores=spills,
         special_functions=sum(bool(_AMD_SPECIAL.match(o)) for o in operations),

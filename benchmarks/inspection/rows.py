@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -23,11 +22,16 @@ from benchmarks.cases import (
 )
 from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
-from benchmarks.inspection.machine_code import read_machine_code
+from benchmarks.inspection.machine_code import Binary, MachineCode, binary_of, read_machine_codes
+from fastattn.kernels._attention_config import score_load
+from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
 from fastattn.kernels._layout import halves
 from fastattn.kernels._pointwise_config import GELU_FORMS
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.ops._attention_call import Features, options_of
+
+# One of each family of launch configs; see kernels/_*_config.py.
+DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,38 @@ def shipped_cases() -> list[OpCase]:
     """Calls that between them launch every kernel with every config of a family of targets."""
     cases: list[OpCase] = []
     for dtype in (torch.bfloat16, torch.float32):
-        narrow = (
-            dtype == torch.bfloat16
-        )  # float32 has fewer cases: each takes the assembler ten times as long
-        for head_dim in (64, 128, 256):
-            for causal in (False, "top_left") if narrow and head_dim == 128 else ("top_left",):
-                cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=dtype))
+        # float32 has the cases that take the most registers: each takes the assembler ten times as long.
+        narrow = dtype == torch.bfloat16
+        for head_dim in (64, 128, 256) if narrow else (64, 256):
+            cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal="top_left", dtype=dtype))
         if narrow:
-            # The tiles of `score_load`'s "light", "plane" (twice, as these differ by head dimension) and "heavy".
+            # The tiles of `score_load`'s "light", "plane" (twice, as these differ by head dimension) and "heavy", which
+            # at 64 is those of "plane" but on Hopper.
             for head_dim, options in (
-                (64, "window+softcap"), (64, "bias+mask"), (128, "bias"), (128, "mask+dropout")
-            ):  # fmt: skip
+                (64, "window+softcap"),
+                (64, "bias+mask"),
+                (64, "bias+dropout"),
+                (128, "bias"),
+                (128, "bias+dropout"),
+                (256, "bias+dropout"),
+            ):
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
-        cases += [LayerNormCase(8192, width, dtype=dtype) for width in (64, 768, 4096, 65_536)]
-        cases += [RotaryCase(4, 32, 4096, 128, interleaved, dtype) for interleaved in (False, True)]
+        cases += [
+            LayerNormCase(8192, width, dtype=dtype)
+            for width in ((64, 768, 4096, 65_536) if narrow else (4096, 65_536))
+        ]
+        cases.append(RotaryCase(4, 32, 4096, 128, True, dtype))
         if narrow:
+            cases.append(RotaryCase(4, 32, 4096, 128, False, dtype))
             # Without a mean; with all there is before it.
             cases += [
                 RMSNormCase(8192, 4096, dtype=dtype),
                 AddLayerNormCase(8192, 4096, dtype, torch.float32, 0.1),
             ]
-        cases += [GeluCase(8192, 4096, approximate, dtype) for approximate in ("none", "tanh")]
+        cases += [
+            GeluCase(8192, 4096, approximate, dtype)
+            for approximate in (("none", "tanh") if narrow else ("none",))
+        ]
         cases.append(BiasGeluCase(8192, 4096, dtype=dtype))
         if narrow:
             cases += [GegluCase(8192, 4096, dtype=dtype), MlpCase(8192, 768, 3072, "none", dtype)]
@@ -97,29 +112,68 @@ def shipped_cases() -> list[OpCase]:
     return cases
 
 
-def launches_of(case: OpCase, arch: str) -> list[Launch]:
-    """What a call of the case launches, forward and backward."""
+def is_telling(case: OpCase, arch: str) -> bool:
+    """Whether compiling a shipped case there can show what no other case shows; on architectures without tests, True.
+
+    float32, whose tiles are the same everywhere but for the widest heads of "gfx942", is compiled for one
+    architecture, and so is what differs from another case by less code. "gfx942" has one case of a kernel and table.
+    """
+    if arch not in DEFAULT_ARCHS:
+        return True
+    head_dim = case.head_dim if isinstance(case, AttentionCase) else 0
+    options = case.options if isinstance(case, AttentionCase) else ""
+    if getattr(case, "dtype", None) == torch.float32:
+        return arch == "sm_80" or (arch == "gfx942" and head_dim == 256)
+    if case.operation == "rms_norm" or getattr(case, "approximate", "") == "tanh":
+        return arch == "sm_90"
+    # Where Hopper has tiles of its own, the others have those of another case.
+    if (head_dim, options) in ((64, "bias+dropout"), (128, "bias")):
+        return arch == "sm_90"
+    if arch == "gfx942":
+        narrow = isinstance(case, LayerNormCase) and case.width < 4096
+        small = isinstance(case, LossCase) and case.vocabulary != 50_304
+        return not (narrow or small)
+    return True
+
+
+def launches_of(case: OpCase, arch: str, **options: object) -> list[Launch]:
+    """What a call of the case launches, forward and backward; options are those of the operation's function below."""
     with record_launches(arch) as launches:
-        _LAUNCH[case.operation](case)
+        _LAUNCH[case.operation](case, **options)
     return launches
 
 
-def inspect_case(
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled launch: its row but for what is read from the machine code, which is None where there is an error."""
+
+    row: InspectionRow
+    binary: Binary | None = None
+
+
+def compile_case(
     case: OpCase, arch: str, wanted: Callable[[str], bool] = lambda kernel: True
-) -> list[InspectionRow]:
-    """A row for each kernel that a call of the case launches, forward and backward."""
+) -> list[Compiled]:
+    """Each kernel that a call of the case launches, forward and backward."""
     name = f"{case.operation} {case.name}"
     launches = [launch for launch in launches_of(case, arch) if wanted(launch.name)]
-    rows = [inspect_launch(name, arch, launch) for launch in launches]
+    found = [compile_row(name, arch, launch) for launch in launches]
     # A kernel may be launched twice with other flags, for dk and then for dv.
-    before = [[r.kernel for r in rows[:index]].count(row.kernel) for index, row in enumerate(rows)]
+    kernels = [one.row.kernel for one in found]
+    before = [kernels[:index].count(kernel) for index, kernel in enumerate(kernels)]
     return [
-        replace(row, kernel=f"{row.kernel}#{n + 1}" if n else row.kernel)
-        for row, n in zip(rows, before, strict=True)
+        replace(one, row=replace(one.row, kernel=f"{one.row.kernel}#{n + 1}")) if n else one
+        for one, n in zip(found, before, strict=True)
     ]
 
 
-def _launch_attention(case: AttentionCase) -> None:
+def inspect_case(case: OpCase, arch: str) -> list[InspectionRow]:
+    """A row for each kernel that a call of the case launches, forward and backward."""
+    return read_rows(compile_case(case, arch))
+
+
+def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
+    from fastattn.kernels import _target
     from fastattn.kernels.attention_backward import attention_backward
     from fastattn.kernels.attention_forward import attention_forward
 
@@ -128,8 +182,11 @@ def _launch_attention(case: AttentionCase) -> None:
     keywords.pop("return_lse", None)  # it is always made
     causal = keywords.pop("causal")
     options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
-    out, lse = attention_forward(q, k, v, *options)
-    attention_backward(torch.empty_like(out), None, q, k, v, out, lse, [True] * 5, *options)
+    target, load = _target.target_of(q.device), score_load(options)
+    config = select_attention_form(case.head_dim, case.dtype, target, load, form)
+    out, lse = attention_forward(q, k, v, *options, config=config)
+    dout = torch.empty_like(out)
+    attention_backward(dout, None, q, k, v, out, lse, [True] * 5, *options, config=config)
 
 
 def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
@@ -210,7 +267,7 @@ def _launch_loss(case: LossCase) -> None:
     cross_entropy_of_chunk(logits, target, None, statistics[0], *options[:1], *options[2:], True)
 
 
-_LAUNCH: dict[str, Callable[[Any], None]] = {
+_LAUNCH: dict[str, Callable[..., None]] = {
     "attention": _launch_attention,
     "layer_norm": _launch_norm,
     "rms_norm": _launch_norm,
@@ -222,10 +279,12 @@ _LAUNCH: dict[str, Callable[[Any], None]] = {
     "rotary": _launch_rotary,
     "loss": _launch_loss,
 }
+# The operations of which `launches_of` takes cases.
+LAUNCHED = frozenset(_LAUNCH)
 
 
-def inspect_launch(case: str, arch: str, launch: Launch) -> InspectionRow:
-    """Compiles a launch and reads it; a compiler's error becomes a row that says so."""
+def compile_row(case: str, arch: str, launch: Launch) -> Compiled:
+    """Compiles a launch; a compiler's error becomes a row that says so."""
     row = InspectionRow(
         case,
         arch,
@@ -236,35 +295,55 @@ def inspect_launch(case: str, arch: str, launch: Launch) -> InspectionRow:
         shared_limit=KNOWN_TARGETS[arch].shared_memory,
     )
     try:
-        code = read_machine_code(compile_launch(arch, launch))
+        binary = binary_of(compile_launch(arch, launch))
     except Exception as error:  # any failure to compile is this row's result
         lines = str(error).strip().splitlines() or [""]
-        return replace(row, error=f"{type(error).__name__}: {lines[-1]}")
+        return Compiled(replace(row, error=f"{type(error).__name__}: {lines[-1]}"))
+    work = work_of(launch)
+    if work.bytes:
+        bound = bound_of(work, arch)
+        row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
+    return Compiled(row, binary)
+
+
+def read_rows(compiled: Sequence[Compiled]) -> list[InspectionRow]:
+    """The rows with what is read from the machine code, in order; all are read at once, which takes little longer."""
+    codes = iter(read_machine_codes([one.binary for one in compiled if one.binary is not None]))
+    return [one.row if one.binary is None else _with_code(one.row, next(codes)) for one in compiled]
+
+
+def _with_code(row: InspectionRow, code: MachineCode) -> InspectionRow:
     counts = asdict(code)
     del counts["warps"]
-    work = work_of(launch)
-    bound = bound_of(work, arch)
-    if work.bytes:
-        row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
     return replace(
-        row, **counts, programs=programs_per_multiprocessor(code, arch), occupancy=occupancy(code, arch)
+        row,
+        **counts,
+        programs=programs_per_multiprocessor(code, row.arch),
+        occupancy=occupancy(code, row.arch),
     )
+
+
+def inspect_launch(case: str, arch: str, launch: Launch) -> InspectionRow:
+    """Compiles a launch and reads it."""
+    return read_rows([compile_row(case, arch, launch)])[0]
 
 
 def failures(rows: Iterable[InspectionRow]) -> list[str]:
     """What no shipped kernel may do, a line each: fail to compile, spill, ask for too much, miss HGMMA on sm_90."""
+    return [f"{row.arch} {row.case} {row.kernel}: {fault}" for row in rows for fault in faults(row)]
+
+
+def faults(row: InspectionRow) -> list[str]:
+    """What of that one kernel does."""
+    if row.error:
+        return [row.error]
     found = []
-    for row in rows:
-        label = f"{row.arch} {row.case} {row.kernel}"
-        if row.error:
-            found.append(f"{label}: {row.error}")
-            continue
-        if row.spill_loads or row.spill_stores:
-            found.append(f"{label}: spills, {row.spill_loads} loads and {row.spill_stores} stores")
-        if row.shared > row.shared_limit:
-            found.append(f"{label}: shared memory {row.shared} is above {row.shared_limit} bytes")
-        if "HMMA" in row.tensor_cores and row.arch == "sm_90":
-            found.append(f"{label}: HMMA on sm_90, whose fast matrix instruction is HGMMA")
-        if not row.tensor_cores and "tensor " in row.bound:
-            found.append(f"{label}: 16-bit products without tensor cores")
+    if row.spill_loads or row.spill_stores:
+        found.append(f"spills, {row.spill_loads} loads and {row.spill_stores} stores")
+    if row.shared > row.shared_limit:
+        found.append(f"shared memory {row.shared} is above {row.shared_limit} bytes")
+    if "HMMA" in row.tensor_cores and row.arch == "sm_90":
+        found.append("HMMA on sm_90, whose fast matrix instruction is HGMMA")
+    if not row.tensor_cores and "tensor " in row.bound:
+        found.append("16-bit products without tensor cores")
     return found

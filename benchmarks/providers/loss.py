@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.cases import LinearLossCase, LossCase
-from benchmarks.providers.registry import Function, Provider, compiled, provider, refuse_interpreter
+from benchmarks.providers.registry import Absent, Function, Provider, compiled, provider, refuse_interpreter
 
 
 @provider("loss", "naive")
@@ -61,6 +61,15 @@ def linear_loss_naive(case: LinearLossCase, device: torch.device) -> Function:
 def linear_loss_torch(case: LinearLossCase, device: torch.device) -> Function:
     targets = case.targets(device)
     return lambda x, weight: F.cross_entropy(F.linear(x, weight), targets)
+
+
+@provider("linear_loss", "torch-chunked")
+def linear_loss_torch_chunked(case: LinearLossCase, device: torch.device) -> Function:
+    """PyTorch's own in chunks, as its options are by default; without options it is the two calls of "torch"."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Absent(f"torch.nn.functional.linear_cross_entropy has no chunks in PyTorch {torch.__version__}")
+    targets, options = case.targets(device), torch.nn.LinearCrossEntropyOptions()
+    return lambda x, weight: F.linear_cross_entropy(x, weight, targets, options=options)
 
 
 @provider("linear_loss", "torch-compile")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from benchmarks.cases import BiasGeluCase, GegluCase, GeluCase, MlpCase
+from benchmarks.cases import BiasGeluCase, GegluCase, GeluCase, MlpCase, SwigluCase
 from benchmarks.providers.registry import (
     PROVIDERS,
     Function,
@@ -63,6 +63,20 @@ def geglu_torch(case: GegluCase, device: torch.device) -> Function:
     return call
 
 
+@provider("swiglu", "naive")
+def swiglu_naive(case: SwigluCase, device: torch.device) -> Function:
+    return case.reference
+
+
+@provider("swiglu", "torch")
+def swiglu_torch(case: SwigluCase, device: torch.device) -> Function:
+    def call(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+    return call
+
+
 @provider("bias_gelu", "torch-compile")
 def bias_gelu_compile(case: BiasGeluCase, device: torch.device) -> Function:
     return compiled(bias_gelu_torch(case, device), device)
@@ -73,10 +87,16 @@ def geglu_compile(case: GegluCase, device: torch.device) -> Function:
     return compiled(geglu_torch(case, device), device)
 
 
+@provider("swiglu", "torch-compile")
+def swiglu_compile(case: SwigluCase, device: torch.device) -> Function:
+    return compiled(swiglu_torch(case, device), device)
+
+
 _OURS: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda case, x, **options: fastattn.gelu(x, case.approximate, **options),
     "bias_gelu": lambda case, x, bias, **options: fastattn.bias_gelu(x, bias, case.approximate, **options),
     "geglu": lambda case, x, **options: fastattn.geglu(x, None, case.approximate, **options),
+    "swiglu": lambda case, x, **options: fastattn.swiglu(x, **options),
     "mlp": lambda case, *tensors, **options: fastattn.mlp(
         *tensors, activation=GELU_FORMS[case.approximate], **options
     ),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from benchmarks.cases import AddLayerNormCase, LayerNormCase, RMSNormCase
+from benchmarks.cases import AddLayerNormCase, AddRMSNormCase, LayerNormCase, RMSNormCase
 from benchmarks.providers.registry import Function, Provider, compiled, provider, refuse_interpreter
 from fastattn import reference
 
@@ -109,3 +109,41 @@ def _add_layer_norm_ours(implementation: str | None) -> Provider:
 provider("add_layer_norm", "fastattn")(_add_layer_norm_ours(None))
 provider("add_layer_norm", "fastattn-triton")(_add_layer_norm_ours("triton"))
 provider("add_layer_norm", "fastattn-torch")(_add_layer_norm_ours("torch"))
+
+
+@provider("add_rms_norm", "naive")
+def add_rms_norm_naive(case: AddRMSNormCase, device: torch.device) -> Function:
+    return case.reference
+
+
+@provider("add_rms_norm", "torch")
+def add_rms_norm_torch(case: AddRMSNormCase, device: torch.device) -> Function:
+    def call(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        total = residual + x
+        return F.rms_norm(total, (case.width,), weight.to(total)).to(x.dtype), total
+
+    return call
+
+
+@provider("add_rms_norm", "torch-compile")
+def add_rms_norm_compile(case: AddRMSNormCase, device: torch.device) -> Function:
+    return compiled(add_rms_norm_naive(case, device), device)
+
+
+def _add_rms_norm_ours(implementation: str | None) -> Provider:
+    def ours(case: AddRMSNormCase, device: torch.device) -> Function:
+        if implementation != "torch":
+            refuse_interpreter(device)
+        shape = (case.width,)
+
+        def call(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return fastattn.add_rms_norm(x, residual, shape, weight, implementation=implementation)
+
+        return call
+
+    return ours
+
+
+provider("add_rms_norm", "fastattn")(_add_rms_norm_ours(None))
+provider("add_rms_norm", "fastattn-triton")(_add_rms_norm_ours("triton"))
+provider("add_rms_norm", "fastattn-torch")(_add_rms_norm_ours("torch"))

@@ -1,35 +1,27 @@
 """Other packages' kernels as providers: absent where they are not installed.
 
-Written against flash-attn 2.8 and 4.0b36, xFormers 0.0.35, Liger 0.8.5 and QuACK 0.6.5 (which has a LayerNorm, but
-no public function of it). None has been run here yet: without a GPU each is absent.
+Written against flash-attn 2.8 and 4.0b36, xFormers 0.0.35 and QuACK 0.6.5 (which has a LayerNorm, but no public
+function of it); Liger Kernel's are in liger.py. None has been run here yet: without a GPU each is absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LinearLossCase, LossCase, RMSNormCase
+from benchmarks.cases import AttentionCase, LossCase
+from benchmarks.providers import registry
 from benchmarks.providers.attention import refuse_options
-from benchmarks.providers.registry import NOTES, Absent, Function, provider
-
-
-def _import(module: str, device: torch.device) -> Any:
-    """A peer's module; these serve GPUs alone."""
-    found = import_module(module)  # an ImportError is an absence too
-    if device.type != "cuda":
-        raise Absent(f"{module} needs a GPU; the device is {device.type}")
-    return found
+from benchmarks.providers.registry import Absent, Function, provider
 
 
 @provider("attention", "flex-compile")
 def flex_attention(case: AttentionCase, device: torch.device) -> Function:
     """PyTorch's FlexAttention, compiled, with its block mask made beforehand."""
-    flex = _import("torch.nn.attention.flex_attention", device)
+    flex = registry.import_peer("torch.nn.attention.flex_attention", device)
     for name in case.asked:
         if name in ("dropout", "sinks"):
             raise Absent(f"FlexAttention has no {name}")
@@ -95,7 +87,7 @@ def _flash(module: str) -> Callable[[AttentionCase, torch.device], Function]:
     """flash-attn's functions: (batch, seq, heads, head_dim), causal at the bottom right."""
 
     def flash(case: AttentionCase, device: torch.device) -> Function:
-        function = _import(module, device).flash_attn_func
+        function = registry.import_peer(module, device).flash_attn_func
         if case.causal == "top_left" and case.shape[3] != case.shape[4]:
             raise Absent("flash-attn aligns a causal mask at the bottom right")
         options = _flash_options(case, device)
@@ -128,8 +120,8 @@ provider("attention", "flash-attn-4")(_flash("flash_attn.cute"))
 
 @provider("attention", "xformers")
 def xformers_attention(case: AttentionCase, device: torch.device) -> Function:
-    ops = _import("xformers.ops", device)
-    biases = _import("xformers.ops.fmha.attn_bias", device)
+    ops = registry.import_peer("xformers.ops", device)
+    biases = registry.import_peer("xformers.ops.fmha.attn_bias", device)
     _, heads, kv_heads, *_ = case.shape
     if heads != kv_heads:
         raise Absent("grouped heads take another layout in xFormers")
@@ -141,54 +133,8 @@ def xformers_attention(case: AttentionCase, device: torch.device) -> Function:
     ).transpose(1, 2)
 
 
-@provider("layer_norm", "liger")
-def liger_layer_norm(case: LayerNormCase, device: torch.device) -> Function:
-    function = _import("liger_kernel.transformers.functional", device).liger_layer_norm
-    if not case.affine:
-        raise Absent("Liger's LayerNorm has a weight and a bias")
-    return lambda x, weight, bias: function(x, weight, bias, 1e-5)
-
-
-@provider("rms_norm", "liger")
-def liger_rms_norm(case: RMSNormCase, device: torch.device) -> Function:
-    """Not in place, as it is by default: the gradient that arrives would be written over."""
-    function = _import("liger_kernel.transformers.functional", device).liger_rms_norm
-    if not case.affine:
-        raise Absent("Liger's RMSNorm has a weight")
-    eps = torch.finfo(torch.float32).eps
-    return lambda x, weight: function(x, weight, eps, in_place=False)
-
-
-@provider("loss", "liger")
-def liger_cross_entropy(case: LossCase, device: torch.device) -> Function:
-    """With gradients on a copy of the logits, over which it writes them: the other providers need the logits.
-
-    Without, it has to be told by a tensor that needs none: what it writes follows `logits.requires_grad` alone.
-    """
-    function = _import("liger_kernel.transformers.functional", device).liger_cross_entropy
-    targets = case.targets(device)
-
-    def call(logits: Tensor) -> Tensor:
-        graph = logits.requires_grad and torch.is_grad_enabled()
-        loss: Tensor = function(logits.clone() if graph else logits.detach(), targets)
-        return loss
-
-    return call
-
-
-NOTES["loss", "liger", "forward+backward"] = "its time holds a copy of the logits, which it overwrites"
-
-
-@provider("linear_loss", "liger")
-def liger_linear_cross_entropy(case: LinearLossCase, device: torch.device) -> Function:
-    """Its functional form, by name: positions after the first three have changed between versions."""
-    function = _import("liger_kernel.transformers.functional", device).liger_fused_linear_cross_entropy
-    targets = case.targets(device)
-    return lambda x, weight: function(input=x, weight=weight, target=targets)
-
-
 @provider("loss", "quack")
 def quack_cross_entropy(case: LossCase, device: torch.device) -> Function:
-    function = _import("quack.cross_entropy", device).cross_entropy
+    function = registry.import_peer("quack.cross_entropy", device).cross_entropy
     targets = case.targets(device)
     return lambda logits: function(logits, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "layer_norm",
         "rms_norm",
         "add_layer_norm",
+        "add_rms_norm",
         "gelu",
         "bias_gelu",
         "geglu",
+        "swiglu",
         "mlp",
         "loss",
         "linear_loss",
@@ -66,3 +69,11 @@ def compiled(function: Function, device: torch.device) -> Function:
 def refuse_interpreter(device: torch.device) -> None:
     if device.type == "cpu" and dispatch.INTERPRETING:
         raise Absent("TRITON_INTERPRET is set: Triton's interpreter is for tests, its time says nothing")
+
+
+def import_peer(module: str, device: torch.device) -> Any:
+    """Another package's module; the peers serve GPUs alone."""
+    found = import_module(module)  # an ImportError is an absence too
+    if device.type != "cuda":
+        raise Absent(f"{module} needs a GPU; the device is {device.type}")
+    return found

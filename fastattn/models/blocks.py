@@ -11,63 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.dispatch import autocasts
+from fastattn.dispatch import refuse_transforms
 from fastattn.models.config import BlockConfig, operation_implementation
 from fastattn.nn import GELU, MLP, LayerNorm, MultiheadAttention
+from fastattn.nn._fusion import add_and_normalize, is_plain, read_stream
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
-from fastattn.ops.norm import add_layer_norm, layer_norm
 
 # The projections that write into the residual stream, by the end of their parameters' names.
 _RESIDUAL_WEIGHTS = ("attention.out_proj.weight", "mlp.contract.weight")
-
-
-class StreamNorm(LayerNorm):
-    """A LayerNorm over the residual stream, and the sum before it that adds a branch, in one pass.
-
-    Args:
-        config: width, epsilon, dropout of the branches and implementation.
-    """
-
-    def __init__(self, config: BlockConfig) -> None:
-        implementation = operation_implementation(config.implementation)
-        super().__init__(config.d_model, config.layer_norm_eps, implementation=implementation)
-        self.dropout = config.dropout
-
-    def add(self, x: Tensor, branch: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(norm(h) in out_dtype, h) with h = x + dropout(branch) in the dtype of x, the stream."""
-        y, total = add_layer_norm(
-            branch,
-            x,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            dropout_p=self.dropout if self.training else 0,
-            out_dtype=out_dtype,
-            implementation=self.implementation,
-        )
-        return y, total
-
-    def read(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a linear layer reads of the stream, in the dtype that it computes in, and the stream.
-
-        Args:
-            x: the stream.
-            branch: has yet to be added to it; None for nothing.
-        """
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-        if branch is not None:
-            return self.add(x, branch, dtype)
-        y: Tensor = layer_norm(
-            x,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            out_dtype=dtype,
-            implementation=self.implementation,
-        )
-        return y, x
 
 
 class Block(nn.Module):
@@ -84,18 +35,19 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, *, causal: bool = False, cross_attention: bool = False) -> None:
         super().__init__()
         self.causal = causal
-        self.attention_norm = StreamNorm(config)
+        self.attention_norm = make_layer_norm(config)
         self.attention = make_attention(config)
         self.reads_memory = cross_attention
         if cross_attention:
-            self.cross_attention_norm = StreamNorm(config)
+            self.cross_attention_norm = make_layer_norm(config)
             self.cross_attention = make_attention(config)
-        self.mlp_norm = StreamNorm(config)
+        self.mlp_norm = make_layer_norm(config)
         self.mlp = make_mlp(config)
+        self.dropout = make_dropout(config)
 
     def branches(
         self, padding: Tensor | None, memory: Tensor | None, memory_padding: Tensor | None
-    ) -> Iterator[tuple[StreamNorm, Callable[[Tensor], Tensor]]]:
+    ) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each branch in its order, as a function of what it reads, and its norm; arguments as a block's."""
         if self.reads_memory != (memory is not None):
             raise ValueError("memory goes with cross_attention=True: both or neither")
@@ -138,13 +90,13 @@ class PreNormBlock(Block):
             memory_padding: (batch, seq_memory) bool, True hides.
 
         Returns:
-            (x, branch) for the next block, or for the `StreamNorm` behind the last one.
+            (x, branch) for the next block, or for `read_stream` behind the last one.
 
         Raises:
             ValueError: a memory is missing, or given to a block without cross-attention.
         """
         for norm, function in self.branches(padding, memory, memory_padding):
-            y, x = norm.read(x, branch)
+            y, x = read_stream(x, branch, self.dropout, norm)
             branch = function(y)
         assert branch is not None
         return x, branch
@@ -170,7 +122,7 @@ class PostNormBlock(Block):
             ValueError: a memory is missing, or given to a block without cross-attention.
         """
         for norm, function in self.branches(padding, memory, memory_padding):
-            x, _ = norm.add(x, function(x), x.dtype)
+            x, _ = add_and_normalize(function(x), x, self.dropout, norm)
         return x
 
 
@@ -270,9 +222,10 @@ def head_loss(
         hidden: (batch, seq, d_model).
         head: the layer from d_model to the classes.
         targets, name: as `token_loss`'s.
-        implementation: the model's; "naive" and "torch" hold the logits.
+        implementation: the model's. "naive" and "torch" hold the logits, and so does "fastattn" where the head has to
+            be called, since it was replaced or has hooks, and within torch.func transforms.
     """
-    if implementation != "fastattn":
+    if implementation != "fastattn" or not is_plain(head, nn.Linear) or refuse_transforms() is not None:
         return token_loss(head(hidden), targets, name)
     _check_targets(name, targets, hidden)
     try:

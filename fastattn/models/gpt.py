@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from fastattn.models.blocks import (
     PreNormBlock,
-    StreamNorm,
     check_tokens,
     embed_tokens,
     head_loss,
     init_normal_,
     make_dropout,
+    make_layer_norm,
 )
 from fastattn.models.config import TransformerConfig
+from fastattn.nn._fusion import read_stream
 
 
 class GPT(nn.Module):
@@ -33,7 +34,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.max_length, config.d_model)
         self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(PreNormBlock(config, causal=True) for _ in range(config.n_layers))
-        self.final_norm = StreamNorm(config)
+        self.final_norm = make_layer_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
         # Each block adds two branches to the residual stream; this keeps its variance near one at any depth.
@@ -61,7 +62,7 @@ class GPT(nn.Module):
         branch = None
         for block in self.blocks:
             x, branch = block(x, branch)
-        hidden, _ = self.final_norm.read(x, branch)
+        hidden, _ = read_stream(x, branch, self.dropout, self.final_norm)
         if targets is None:
             return self.head(hidden)
         return head_loss(hidden, self.head, targets, self.config.implementation)

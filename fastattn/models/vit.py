@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.blocks import PreNormBlock, StreamNorm, init_normal_, make_dropout, token_loss
+from fastattn.models.blocks import PreNormBlock, init_normal_, make_dropout, make_layer_norm, token_loss
 from fastattn.models.config import ImageTransformerConfig
+from fastattn.nn._fusion import read_stream
 
 
 class ViT(nn.Module):
@@ -26,7 +27,7 @@ class ViT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.n_patches, config.d_model))
         self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(PreNormBlock(config) for _ in range(config.n_layers))
-        self.final_norm = StreamNorm(config)
+        self.final_norm = make_layer_norm(config)
         self.head = nn.Linear(config.d_model, config.n_classes)
         init_normal_(self, std=0.02)
 
@@ -59,6 +60,7 @@ class ViT(nn.Module):
         for block in self.blocks:
             x, branch = block(x, branch)
         # The class token alone.
-        hidden, _ = self.final_norm.read(x[:, 0], None if branch is None else branch[:, 0])
+        first = None if branch is None else branch[:, 0]
+        hidden, _ = read_stream(x[:, 0], first, self.dropout, self.final_norm)
         logits = self.head(hidden)
         return logits if targets is None else token_loss(logits, targets)

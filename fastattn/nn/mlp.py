@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.nn._fusion import is_plain
+from fastattn.ops._activations import TORCH_ACTIVATIONS
 from fastattn.ops.mlp import mlp
 
 
 class MLP(torch.nn.Module):
     """Two linear layers, `expand` and `contract`, with an activation between them, by `fastattn.mlp`.
 
-    The layers are `torch.nn.Linear`s, with its initial values. Dropout belongs behind the module: between the layers it
-    would stand where the activation is fused.
+    The layers are `torch.nn.Linear`s, with its initial values. Where one was replaced, has a hook or is parametrized,
+    both are called, and nothing is fused. Dropout belongs behind the module: between the layers it would stand where
+    the activation is fused.
 
     Args:
         in_features, hidden_features: widths of input and hidden layer.
@@ -46,6 +49,9 @@ class MLP(torch.nn.Module):
         self.activation, self.save, self.implementation = activation, save, implementation
 
     def forward(self, input: Tensor) -> Tensor:
+        if not (is_plain(self.expand, torch.nn.Linear) and is_plain(self.contract, torch.nn.Linear)):
+            out: Tensor = self.contract(TORCH_ACTIVATIONS[self.activation](self.expand(input)))
+            return out
         return mlp(
             input,
             self.expand.weight,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.dispatch import NotSupported, autocasts
+from fastattn.dispatch import NotSupported
+from fastattn.nn._fusion import add_and_normalize, dropout_p, is_plain, read_stream
 from fastattn.nn.activation import GELU
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm
 from fastattn.ops.gelu import gelu
 from fastattn.ops.mlp import mlp
-from fastattn.ops.norm import add_layer_norm, layer_norm
 
 # What `mlp` calls the activations that it knows.
 _FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (gelu, "gelu"), (F.silu, "silu"))
@@ -25,15 +25,13 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
 _APPROXIMATIONS = {form: approximate for approximate, form in _GELUS.items()}
 
 _Branch = Callable[[Tensor], Tensor]
-_M = TypeVar("_M", bound=torch.nn.Module)
 
 
 class _Layer(torch.nn.Module):
     """What the two layers share: their parts, and the way of a tensor through the branches.
 
-    The parts are torch.nn's, made in its order, so that a seed gives its initial values. What computes with a part's
-    parameters, and not by calling it, does so only where the part is what was put there and nothing watches it:
-    another module in its place, a hook (pruning, sharding) or a parametrization is called.
+    The parts are torch.nn's, made in its order, so that a seed gives its initial values. `fastattn.nn._fusion` says
+    when they are called and when their parameters are computed with.
     """
 
     _attentions: tuple[str, ...]
@@ -83,22 +81,21 @@ class _Layer(torch.nn.Module):
         norms = [getattr(self, f"norm{n}") for n in numbers]
         if not self.norm_first:
             for branch, dropout, norm in zip(branches, dropouts, norms, strict=True):
-                x, _ = _add_and_normalize(branch(x), x, dropout, norm)
+                x, _ = add_and_normalize(branch(x), x, dropout, norm)
             return x
-        # Autocast leaves float64 as it is.
-        narrow = autocasts(x) and x.dtype != torch.float64
-        read_in = torch.get_autocast_dtype(x.device.type) if narrow else None
-        y = _normalize(x, norms[0], read_in)
-        for branch, dropout, norm in zip(branches[:-1], dropouts[:-1], norms[1:], strict=True):
-            y, x = _add_and_normalize(branch(y), x, dropout, norm, read_in)
-        last: Tensor = dropouts[-1](branches[-1](y))
+        added: Tensor | None = None
+        # The first norm has no branch before it, and so no dropout.
+        for branch, dropout, norm in zip(branches, dropouts[:1] + dropouts[:-1], norms, strict=True):
+            y, x = read_stream(x, added, dropout, norm)
+            added = branch(y)
+        last: Tensor = dropouts[-1](added)
         return x + last
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The two linear layers in one operation where nothing stands between the activation and the second."""
         form = _form(self.activation)
-        linears_alone = _is_plain(self.linear1, torch.nn.Linear) and _is_plain(self.linear2, torch.nn.Linear)
-        if form is not None and linears_alone and _dropout_p(self.dropout) == 0:
+        linears_alone = is_plain(self.linear1, torch.nn.Linear) and is_plain(self.linear2, torch.nn.Linear)
+        if form is not None and linears_alone and dropout_p(self.dropout) == 0:
             return mlp(
                 x,
                 self.linear1.weight,
@@ -153,12 +150,23 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
 
     _attentions = ("self_attn",)
 
+    _nests = True
+
     @property
-    def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
-        """1 for ReLU, 2 for GELU, else 0: `torch.nn.TransformerEncoder` asks before it makes nested tensors."""
+    def activation_relu_or_gelu(self) -> int:
+        """1 for ReLU, 2 for GELU, else 0: `torch.nn.TransformerEncoder` asks before it makes nested tensors.
+
+        Set to 0, it keeps the encoder from making them.
+        """
+        if not self._nests:
+            return 0
         if self.activation is F.relu or isinstance(self.activation, torch.nn.ReLU):
             return 1
         return 2 if self.activation is F.gelu or isinstance(self.activation, torch.nn.GELU) else 0
+
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self._nests = bool(value)
 
     def forward(
         self,
@@ -203,18 +211,32 @@ class TransformerEncoderLayer(_Layer, torch.nn.TransformerEncoderLayer):
                 f"a nested src is for fastattn.nn.MultiheadAttention, and self_attn is {type(self.self_attn)}; "
                 "torch.nn.TransformerEncoder makes none with enable_nested_tensor=False"
             )
+        if src.layout == torch.jagged and src.lengths() is None:  # type: ignore[attr-defined]
+            return self._jagged(src, is_causal)
         rows = src.unbind()
         if not rows:
             return src
         lengths = [row.size(0) for row in rows]
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=src.device)
-        packing = {"cu_seqlens": starts, "max_seqlen": max(lengths)}
+        out = self._packed(torch.cat(rows), starts, max(lengths), is_causal)
+        return torch.nested.as_nested_tensor(list(out.split(lengths)), layout=src.layout)
+
+    def _jagged(self, src: Tensor, is_causal: bool) -> Tensor:
+        """As `_nested`, of a tensor that is packed already; the result shares its offsets: they can be added."""
+        starts: Tensor = src.offsets()  # type: ignore[attr-defined]
+        if starts.numel() == 1:
+            return src
+        longest = int(starts.diff().max())
+        out = self._packed(src.values(), starts.int(), longest, is_causal)
+        return torch.nested.nested_tensor_from_jagged(out, starts)
+
+    def _packed(self, x: Tensor, starts: Tensor, longest: int, is_causal: bool) -> Tensor:
+        packing = {"cu_seqlens": starts, "max_seqlen": longest}
 
         def attend_to_itself(x: Tensor) -> Tensor:
             return self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **packing)[0]
 
-        out = self._through(torch.cat(rows), attend_to_itself, self._feed_forward)
-        return torch.nested.as_nested_tensor(list(out.split(lengths)), layout=src.layout)
+        return self._through(x, attend_to_itself, self._feed_forward)
 
 
 class TransformerDecoderLayer(_Layer, torch.nn.TransformerDecoderLayer):
@@ -286,75 +308,9 @@ def _form(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name by which `mlp` knows an activation, None where it does not."""
     if not isinstance(activation, torch.nn.Module):
         return next((form for function, form in _FUNCTIONS if activation is function), None)
-    if _is_plain(activation, torch.nn.GELU) or (
-        _is_plain(activation, GELU) and activation.implementation is None
+    if is_plain(activation, torch.nn.GELU) or (
+        is_plain(activation, GELU) and activation.implementation is None
     ):
         return _GELUS.get(activation.approximate)
     kind = type(activation)
-    return _MODULES[kind] if kind in _MODULES and _is_plain(activation, kind) else None
-
-
-def _is_plain(module: Any, kind: type[_M]) -> TypeGuard[_M]:
-    """Whether the module is of this very class and nothing watches its calls: then its parameters say it all."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _dropout_p(dropout: torch.nn.Module) -> float | None:
-    """The probability that an element is dropped; None where the module may do something else."""
-    if not _is_plain(dropout, torch.nn.Dropout):
-        return None
-    return dropout.p if dropout.training else 0
-
-
-def _normalize(x: Tensor, norm: torch.nn.Module, read_in: torch.dtype | None) -> Tensor:
-    """norm(x) in the dtype that linear layers read it in, so that within autocast no wide copy of it is made."""
-    if read_in is None or not _is_plain(norm, LayerNorm):
-        out: Tensor = norm(x)
-        return out
-    y: Tensor = layer_norm(
-        x,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        out_dtype=read_in,
-        implementation=norm.implementation,
-    )
-    return y
-
-
-def _add_and_normalize(
-    branch: Tensor,
-    residual: Tensor,
-    dropout: torch.nn.Module,
-    norm: torch.nn.Module,
-    read_in: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(norm(total), total) of total = residual + dropout(branch); the first in `read_in`, or in the sum's dtype."""
-    if not _is_plain(norm, LayerNorm):
-        total = residual + dropout(branch)
-        return norm(total), total
-    dropout_p = _dropout_p(dropout)
-    if dropout_p is None:
-        branch, dropout_p = dropout(branch), 0
-    # Within autocast the branch alone is narrow. The norm of the sum has the sum's dtype, as with PyTorch's operators.
-    alike = branch.dtype == residual.dtype
-    dtype = None if alike else torch.promote_types(branch.dtype, residual.dtype)
-    y, total = add_layer_norm(
-        branch,
-        residual,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=dropout_p,
-        residual_dtype=dtype,
-        out_dtype=dtype if read_in is None else read_in,
-        implementation=norm.implementation,
-    )
-    return y, total
+    return _MODULES[kind] if kind in _MODULES and is_plain(activation, kind) else None

@@ -23,7 +23,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Rows of a chunk come in multiples of what matrix products take at a time.
 ROW_TILE = 128
 # Rows of a weight's gradient whose sums stay in a CPU's cache between the product and the addition.
-_CACHED_ROWS = 2048
+CACHED_ROWS = 2048
+# Logits that one thread of a CPU works on at a time, 512 KiB in float32: a quarter of a Xeon's L2. Losses and gradients
+# of 256 rows and 32,768 classes in bfloat16 took 14 ms so, and 41 ms all at once in memory that is fresh each time.
+_PIECE = 1 << 17
 
 
 class Chunks(NamedTuple):
@@ -41,22 +44,33 @@ class Chunks(NamedTuple):
 
 
 def chunk_rows(
-    rows: int, width: int, classes: int, bytes_per_logit: int, itemsize: int, least: int, budget: int | None
+    rows: int,
+    width: int,
+    classes: int,
+    bytes_per_logit: int,
+    itemsize: int,
+    least: int,
+    budget: int | None,
+    piece: int = 0,
+    piece_bytes: int = 0,
 ) -> int:
     """How many rows a chunk has, the last perhaps fewer; at least 1.
 
     Without a budget a chunk may take a quarter of the bytes that input and weight hold, but has `least` rows anyway.
-    Chunks are of about one size, in multiples of 128 rows from there on.
+    Chunks are of about one size, in multiples of 128 rows from there on. `piece` rows of it take `piece_bytes` a logit
+    more.
 
     Each chunk reads and writes all of dweight in float32, 8 bytes for 2 FLOPs a row: on an H200 (4.8 TB/s, 790
-    TFLOP/s of bf16 products) that takes as long as the product at 660 rows. `least` is 1,024 on a GPU; on a CPU 128, of
-    16 bits 256, above which the time was seen not to fall.
+    TFLOP/s of bf16 products) that takes as long as the product at 660 rows. `least` is 1,024 on a GPU; on a CPU 128,
+    above which the time was seen not to fall, of 16 bits 512: a product of 256 rows and 32,768 classes took a Xeon as
+    long as one of 512, and the chunk's part of dweight is rounded and widened besides.
     """
-    row_bytes = max(classes * bytes_per_logit, 1)
-    if budget is None:
-        most = max((rows + classes) * width * itemsize // 4 // row_bytes, least)
-    else:
-        most = max(budget // row_bytes, 1)
+    most_bytes = (rows + classes) * width * itemsize // 4 if budget is None else budget
+    of_pieces = piece * classes * piece_bytes
+    if most_bytes < of_pieces + piece * classes * bytes_per_logit:  # a chunk is one piece
+        of_pieces, bytes_per_logit = 0, bytes_per_logit + piece_bytes
+    most = (most_bytes - of_pieces) // max(classes * bytes_per_logit, 1)
+    most = max(most, least if budget is None else 1)
     if most >= rows:
         return max(rows, 1)
     if most < ROW_TILE:
@@ -69,12 +83,19 @@ def chunk_rows(
 def chunk_rows_of(input: Tensor, weight: Tensor, softcap: float | None, how: Chunks) -> int:
     """`chunk_rows` of a call with input (rows, width) and weight (classes, width)."""
     itemsize = how.compute_dtype.itemsize
-    bytes_per_logit = itemsize
-    if not how.triton:  # see _loss_by_operators
-        bytes_per_logit += 4 * (itemsize < 4) + max(itemsize, 4) * (softcap is not None)
-    least = 1024 if input.is_cuda else (2 if itemsize < 4 else 1) * ROW_TILE
-    rows, width = input.shape
-    return chunk_rows(rows, width, weight.size(0), bytes_per_logit, itemsize, least, how.memory_budget)
+    # See `_loss_of` and `_loss_by_operators`.
+    work = 0 if how.triton else 4 * (itemsize < 4) + max(itemsize, 4) * (softcap is not None)
+    least = 1024 if input.is_cuda else (4 if itemsize < 4 else 1) * ROW_TILE
+    (rows, width), classes = input.shape, weight.size(0)
+    if input.is_cpu:
+        piece = piece_rows(classes)
+        return chunk_rows(rows, width, classes, itemsize, itemsize, least, how.memory_budget, piece, work)
+    return chunk_rows(rows, width, classes, itemsize + work, itemsize, least, how.memory_budget)
+
+
+def piece_rows(classes: int) -> int:
+    """How many rows of logits PyTorch's operators work on at a time on a CPU: what its threads' caches hold."""
+    return max(_PIECE * torch.get_num_threads() // max(classes, 1), 1)
 
 
 def _in_given_dtypes(function: _F) -> _F:
@@ -91,13 +112,13 @@ def _in_given_dtypes(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
-def divides_first(options: LossOptions, how: Chunks) -> bool:
-    """Whether dlogits are those of a mean before they are rounded to the products' dtype.
+def divides_first(options: LossOptions, how: Chunks, dtype: torch.dtype) -> bool:
+    """Whether dlogits are those of a mean before they are rounded to the products' dtype, and dinput to its `dtype`.
 
     So dinput is rounded once wherever the incoming gradient is a power of 2. Not in float16, whose smallest number
     many a probability divided by the number of rows would not reach.
     """
-    return options.reduction == "mean" and how.compute_dtype != torch.float16
+    return options.reduction == "mean" and torch.float16 not in (how.compute_dtype, dtype)
 
 
 def shares_of(target: Tensor, kept: Tensor) -> Tensor:
@@ -135,7 +156,7 @@ def linear_cross_entropy_forward(
     kept = (target != options.ignore_index).sum(dtype=wide)
     losses = input.new_empty(target.shape, dtype=wide)
     sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
-    share = shares_of(target, kept) if divides_first(options, how) and sums.any() else None
+    share = shares_of(target, kept) if divides_first(options, how, input.dtype) and sums.any() else None
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
         scale = None if share is None else share[rows]
         dlogits = _loss_of(logits, work, target[rows], scale, losses[rows], options, sums.any())
@@ -176,7 +197,7 @@ def _chunks(
     """Of each chunk its rows, its logits, memory for PyTorch's operators to work in, its input, and the weight.
 
     Logits, input and weight are in the products' dtype; logits and the memory, which may be the same, are those of
-    the chunk before. The kernels need none.
+    the chunk before. The memory is of as many rows as are worked on at a time; the kernels need none.
     """
     rows, classes = input.size(0), weight.size(0)
     size = chunk_rows_of(input, weight, softcap, how)  # at most `rows`, if there are any
@@ -185,9 +206,11 @@ def _chunks(
     if bias is not None:
         bias = bias.to(dtype)
     buffer = input.new_empty((size, classes), dtype=dtype)
-    work = None if how.triton else buffer
-    if work is not None and dtype.itemsize < 4:
-        work = input.new_empty((size, classes), dtype=torch.float32)
+    work = None
+    if not how.triton:
+        work = buffer[: min(size, piece_rows(classes))] if input.is_cpu else buffer
+        if dtype.itemsize < 4:
+            work = torch.empty_like(work, dtype=torch.float32)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
         count = chunk.stop - chunk.start
@@ -196,7 +219,7 @@ def _chunks(
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
-        yield chunk, logits, None if work is None else work[:count], x, weight
+        yield chunk, logits, work, x, weight
 
 
 class _Sums(NamedTuple):
@@ -267,7 +290,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def _add_rounded_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """As `_add_product`, but of a product in a's dtype, some rows at a time so that they stay in the cache."""
-    size = min(_CACHED_ROWS, total.size(0))
+    size = min(CACHED_ROWS, total.size(0))
     products = b.new_empty(size, total.size(1))
     # Widened before they are added: PyTorch's CPU adds mixed dtypes at a fifth of the speed.
     widened = torch.empty_like(products, dtype=total.dtype)
@@ -315,14 +338,19 @@ def _loss_of(
 ) -> Tensor:
     """Writes a chunk's losses and, if asked for, dlogits over the logits, which it returns.
 
-    `scale` (rows,) holds the gradients of the losses, None for ones; `work` is of the logits' shape in the losses'
-    dtype, and may be the logits; without it the kernels are taken.
+    `scale` (rows,) holds the gradients of the losses, None for ones. `work` is in the losses' dtype, of as many rows as
+    PyTorch's operators work on at a time, and may be a part of the logits; without it the kernels are taken.
     """
     if work is not None:
-        if work.data_ptr() != logits.data_ptr():
-            work.copy_(logits)
-        dlogits = _loss_by_operators(work, target, scale, losses, options, writes_gradient)
-        return dlogits if dlogits.dtype == logits.dtype or not writes_gradient else logits.copy_(dlogits)
+        for start in range(0, logits.size(0), work.size(0)):
+            rows = slice(start, start + work.size(0))
+            part = logits[rows]
+            x = part if part.dtype == work.dtype else work[: part.size(0)].copy_(part)
+            of_rows = None if scale is None else scale[rows]
+            _loss_by_operators(x, target[rows], of_rows, losses[rows], options, writes_gradient)
+            if writes_gradient and x is not part:
+                part.copy_(x)
+        return logits
     from fastattn.kernels.cross_entropy_forward import cross_entropy_of_chunk
 
     ignore_index, _, label_smoothing, z_loss, softcap = options
@@ -339,8 +367,8 @@ def _loss_by_operators(
     losses: Tensor,
     options: LossOptions,
     writes_gradient: bool,
-) -> Tensor:
-    """Of logits x, over which the gradient is written, and where that is not asked for something; returns x.
+) -> None:
+    """Of logits x, over which the gradient is written, and where that is not asked for something.
 
     With m the maximum of a row, lse = m + log sum exp(x - m); see `fastattn.cross_entropy` for the loss, whose gradient
     in x is (1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / classes.
@@ -373,7 +401,7 @@ def _loss_by_operators(
         of_softmax.mul_(lse.mul_(2.0 * z_loss).add_(1.0))
     losses.masked_fill_(ignored, 0.0)
     if not writes_gradient:
-        return x
+        return
     if scale is not None:
         of_softmax.mul_(scale)
         of_target.mul_(scale)
@@ -384,7 +412,6 @@ def _loss_by_operators(
     if capped is not None:
         x.mul_(capped.square_().neg_().add_(1.0))
     _zero_rows(x, ignored)
-    return x
 
 
 def _zero_rows(tensor: Tensor, chosen: Tensor) -> None:

@@ -46,6 +46,11 @@ class Features(NamedTuple):
     residual_dtype: torch.dtype | None = None
 
 
+# Of calls that ask for nothing.
+LAYER, RMS = Features(rms=False, adds=False), Features(rms=True, adds=False)
+ADD_LAYER, ADD_RMS = Features(rms=False, adds=True), Features(rms=True, adds=True)
+
+
 def check(
     x: Tensor,
     residual: Tensor | None,
@@ -77,6 +82,47 @@ def check(
         _check_save(weight, features)
     if features.adds:
         _check_sum(x, residual, len(shape), features)
+
+
+def at_once(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    features: Features,
+) -> Any:
+    """PyTorch's own functions where they ask what `check` asks; None elsewhere, and where they raise.
+
+    That is for tensors of one dtype on a CPU, without what PyTorch's functions do not have. The error is `check`'s.
+    """
+    adds = features is ADD_LAYER or features is ADD_RMS
+    if not (adds or features is LAYER or features is RMS) or torch.compiler.is_compiling():
+        return None
+    try:
+        dtype = x.dtype
+        if not (
+            x.is_cpu
+            and dtype in _TORCH_DTYPES
+            and (weight is None or weight.dtype is dtype)
+            and (bias is None or bias.dtype is dtype)
+            and (eps is None or type(eps) is float)
+        ):
+            return None
+        shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+        if not adds:
+            return _norm_torch.plain(x, shape, weight, bias, eps, features.rms)  # type: ignore[arg-type]
+        if (
+            residual is None
+            or residual.dtype is not dtype
+            or residual.shape != x.shape  # which PyTorch would broadcast
+        ):
+            return None
+        total = residual + x
+        return _norm_torch.plain(total, shape, weight, bias, eps, features.rms), total  # type: ignore[arg-type]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _check_save(weight: Tensor | None, features: Features) -> None:

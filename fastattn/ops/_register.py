@@ -17,6 +17,9 @@ from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 
+# What each operator runs, by its name.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
 
 def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines `torch.ops.fastattn.<name>` and returns a function that calls it, or its launcher at once.
@@ -31,6 +34,7 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
     launch = _on_first_use(launcher, name)
     _LIBRARY.define(schema)
     # One registration for every device: the launcher, being Triton, serves whatever Triton serves.
+    LAUNCHERS[name] = launch
     _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.fastattn, name).default

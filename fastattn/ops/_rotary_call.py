@@ -39,22 +39,22 @@ def pack_rotary(
     max_seqlen: int | None,
     inplace: bool,
 ) -> tuple[Any, ...]:
-    for name, x in zip(names, tensors, strict=True):
+    for index, x in enumerate(tensors):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            check_floating(name, **{name: x})
+            check_floating(names[index], **{names[index]: x})
         if x.dim() == 4 and cu_seqlens is None:
             continue
         if x.dim() != 3 or (cu_seqlens is None and positions is None):
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; (batch, heads, seq, head_dim) is needed, or, with cu_seqlens or "
-                "positions, (total, heads, head_dim)"
+                f"{names[index]} has shape {tuple(x.shape)}; (batch, heads, seq, head_dim) is needed, or, with "
+                "cu_seqlens or positions, (total, heads, head_dim)"
             )
     start, starts = (0, offsets) if isinstance(offsets, Tensor) else (offsets, None)
     if type(start) is not int and not isinstance(start, torch.SymInt):
         raise TypeError(f"offsets must be an int or a torch.Tensor, not {type(start).__name__}")
-    if positions is not None and not isinstance(positions, Tensor):
-        raise TypeError(f"positions must be a torch.Tensor, not {type(positions).__name__}")
     if positions is not None:
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions must be a torch.Tensor, not {type(positions).__name__}")
         cu_seqlens = None
     call = RotaryCall(cos, sin, positions, starts, cu_seqlens, start, bool(interleaved), False)
     return tensors, call, max_seqlen, bool(inplace)
@@ -77,20 +77,19 @@ def check_rotary(tensors: Sequence[Tensor], call: RotaryCall, max_seqlen: int | 
 
 
 def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    if cos.dim() != 2 or cos.shape != sin.shape:
+    table, dtype, device = cos.shape, cos.dtype, cos.device
+    if len(table) != 2 or table != sin.shape:
         raise ValueError(
-            f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; (positions, rotary_dim / 2) is needed"
+            f"cos and sin have shapes {tuple(table)} and {tuple(sin.shape)}; (positions, rotary_dim / 2) is needed"
         )
-    rotary_dim, head_dim = 2 * cos.size(1), x.size(-1)
+    rotary_dim, head_dim = 2 * table[1], x.size(-1)
     if not 2 <= rotary_dim <= head_dim:
         raise ValueError(
             f"rotary_dim={rotary_dim}, twice cos's width, must lie within 2 and head_dim={head_dim}"
         )
-    if cos.dtype != sin.dtype or (cos.dtype != torch.float32 and cos.dtype != x.dtype):
-        raise TypeError(
-            f"cos and sin have {cos.dtype} and {sin.dtype}; both must have float32 or x's {x.dtype}"
-        )
-    if not x.device == cos.device == sin.device:
+    if dtype is not sin.dtype or (dtype is not torch.float32 and dtype is not x.dtype):
+        raise TypeError(f"cos and sin have {dtype} and {sin.dtype}; both must have float32 or x's {x.dtype}")
+    if x.device != device or sin.device != device:
         check_same_device("x", x, cos=cos, sin=sin)
 
 
@@ -179,7 +178,7 @@ def _check_apart(q: Tensor, k: Tensor) -> None:
     """Raises where q and k share an element, which would be turned twice, or by two programs at a time."""
     if q is k:
         raise ValueError("q and k are one tensor, which cannot be rotated in place twice at a time")
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):  # type: ignore[attr-defined]
         return
     distance = k.storage_offset() - q.storage_offset()
     if _share_elements(q.shape, q.stride(), k.shape, k.stride(), distance):
@@ -210,7 +209,8 @@ def _share_elements(
     for size, stride in zip(other_shape, other_strides, strict=True):
         bounds.setdefault(stride, [0, 0])[0] -= size - 1
     bounds.pop(0, None)
-    return _is_sum(distance, sorted(((stride, *ends) for stride, ends in bounds.items()), reverse=True))
+    terms = sorted(((stride, least, most) for stride, (least, most) in bounds.items()), reverse=True)
+    return _is_sum(distance, terms)
 
 
 def _is_sum(number: int, terms: Sequence[tuple[int, int, int]]) -> bool:

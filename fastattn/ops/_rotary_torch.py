@@ -13,7 +13,6 @@ from fastattn.kernels._layout import empty_rows
 # Elements rotated at a time: with their float32 copies about 2 MiB, so that what the next operator reads is still in
 # a cache. On a Xeon with 2 MiB of L2, bfloat16 (4, 32, 1024, 128) took 71 ms so and 129 ms whole.
 _PIECE = 1 << 17
-_WHOLE = (slice(None), slice(None), slice(None))
 
 
 def rotate_by_operators(
@@ -66,8 +65,10 @@ def rotate_differentiably(
     packed, given = x.dim() == 3, x
     if packed:
         x = x.transpose(0, 1).unsqueeze(0)
-    cos, sin, covered = _angles(x, cos, sin, positions, starts, cu_seqlens, start, conjugate)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin, covered = _angles(x, cos, sin, positions, starts, cu_seqlens, start)
+    if conjugate:
+        sin = -sin
+    wide = _wide(x)
     x1, x2 = _pairs(x[..., : 2 * cos.size(-1)], interleaved)
     x1, x2 = x1.to(wide), x2.to(wide)
     parts = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
@@ -100,29 +101,46 @@ def _rotate_pieces(
         x, y = x.transpose(0, 1).unsqueeze(0), y.transpose(0, 1).unsqueeze(0)
     if x.numel() == 0:
         return
-    cos, sin, covered = _angles(x, cos, sin, positions, starts, cu_seqlens, start, conjugate)
+    cos, sin, covered = _angles(x, cos, sin, positions, starts, cu_seqlens, start)
     turned = 2 * cos.size(-1)
-    if turned < x.size(-1) and not in_place:
-        y[..., turned:].copy_(x[..., turned:])
-    rotate = _rotate_interleaved if interleaved else _rotate_halves
     if turned < x.size(-1):
+        if not in_place:
+            y[..., turned:].copy_(x[..., turned:])
         x, y = x[..., :turned], y[..., :turned]
-    whole = x.numel() <= _PIECE
-    for piece in (_WHOLE,) if whole else _pieces(x):
-        # Few features are not sliced: on a row or two it takes longer than rotating them.
-        x_piece, y_piece = (x, y) if whole else (x[piece], y[piece])
-        of_piece = (piece[0] if cos.size(0) > 1 else slice(None), slice(None), piece[2])
-        cos_piece, sin_piece = (cos, sin) if whole else (cos[of_piece], sin[of_piece])
-        wide = x_piece.to(torch.promote_types(x.dtype, torch.float32))
-        if in_place or wide.dtype != y.dtype or (interleaved and not _is_complex(y_piece)):
-            result = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    if x.numel() <= _PIECE:
+        # Not sliced: for a row or two that takes longer than to rotate them.
+        _rotate_piece(x, y, cos, sin, covered, interleaved, conjugate, in_place)
+        return
+    for batches, heads, rows in _pieces(x):
+        if cos.dim() == 2:
+            cos_piece, sin_piece = cos[rows], sin[rows]
         else:
-            result = y_piece
-        rotate(wide, cos_piece, sin_piece, result)
-        if covered is not None:
-            result = torch.where(covered[piece[2]], result, x_piece)
-        if result is not y_piece:
-            y_piece.copy_(result)
+            of_piece = (batches if cos.size(0) > 1 else slice(None), heads, rows)
+            cos_piece, sin_piece = cos[of_piece], sin[of_piece]
+        piece = (batches, heads, rows)
+        of_rows = None if covered is None else covered[rows]
+        _rotate_piece(x[piece], y[piece], cos_piece, sin_piece, of_rows, interleaved, conjugate, in_place)
+
+
+def _rotate_piece(
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    covered: Tensor | None,
+    interleaved: bool,
+    conjugate: bool,
+    in_place: bool,
+) -> None:
+    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
+    result = y
+    if in_place or wide.dtype != y.dtype or (interleaved and not _is_complex(y)):
+        result = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    (_rotate_interleaved if interleaved else _rotate_halves)(wide, cos, sin, result, conjugate)
+    if covered is not None:
+        result = torch.where(covered, result, x)
+    if result is not y:
+        y.copy_(result)
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -136,19 +154,20 @@ def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + batches), slice(None), slice(row, row + rows)
 
 
-def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> None:
-    (x1, x2), (y1, y2) = _pairs(x, False), _pairs(y, False)
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, conjugate: bool) -> None:
+    (x1, x2), (y1, y2) = x.chunk(2, -1), y.chunk(2, -1)
+    sign = -1 if conjugate else 1
     torch.mul(x1, cos, out=y1)
-    y1.addcmul_(x2, sin, value=-1)
+    y1.addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2)
-    y2.addcmul_(x1, sin)
+    y2.addcmul_(x1, sin, value=sign)
 
 
-def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> None:
+def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, conjugate: bool) -> None:
     x = x if _is_complex(x) else x.contiguous()
     torch.mul(
         torch.view_as_complex(x.unflatten(-1, (-1, 2))),
-        torch.complex(cos, sin),
+        torch.complex(cos, -sin if conjugate else sin),
         out=torch.view_as_complex(y.unflatten(-1, (-1, 2))),
     )
 
@@ -162,8 +181,8 @@ def _is_complex(pairs: Tensor) -> bool:
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if interleaved:
         return x[..., ::2], x[..., 1::2]
-    half = x.size(-1) // 2
-    return x[..., :half], x[..., half:]
+    first, second = x.chunk(2, dim=-1)
+    return first, second
 
 
 def _angles(
@@ -174,13 +193,16 @@ def _angles(
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
     start: int,
-    conjugate: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """cos and sin (batch or 1, 1, seq, pairs) of x's rows, and which rows (seq, 1) a sequence covers, None for all."""
+    """cos and sin of x's rows, and which rows (seq, 1) a sequence covers, None for all.
+
+    They are (seq, pairs) or (batch or 1, 1, seq, pairs), in the dtype that is computed in.
+    """
     seq, covered = x.size(2), None
-    given = next((t for t in (positions, cu_seqlens, starts) if t is not None), None)
+    given = positions if positions is not None else cu_seqlens if cu_seqlens is not None else starts
     if given is None:
-        cos, sin = cos[start : start + seq], sin[start : start + seq]
+        if seq != cos.size(0):  # else start is 0
+            cos, sin = cos[start : start + seq], sin[start : start + seq]
     else:
         rows = torch.arange(seq, device=x.device)
         if positions is None and cu_seqlens is not None:
@@ -190,13 +212,16 @@ def _angles(
         assert positions is not None
         cos, sin = _rows_of_tables((cos, sin), positions, known=checking(given))
     # float64 tables of a float64 x alone; others are computed with in float32.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    if conjugate:
-        sin = -sin
+    wide = _wide(x)
+    if cos.dtype != wide:
+        cos, sin = cos.to(wide), sin.to(wide)
     if cos.dim() == 2:
-        return cos[None, None], sin[None, None], covered
+        return cos, sin, covered
     return cos.unsqueeze(1), sin.unsqueeze(1), covered
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
 def _rows_of_tables(tables: tuple[Tensor, Tensor], positions: Tensor, known: bool) -> tuple[Tensor, Tensor]:

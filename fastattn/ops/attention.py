@@ -122,7 +122,7 @@ def _blockwise_reason(
             return "PyTorch's operator is not deterministic on every device"
     if causal is not False and scale is not None and scale <= 0:
         return f"PyTorch's operator masks before it scales, which gives NaN with scale={scale}"
-    few = q.size(2) * k.size(2) <= _FEW_SCORES and not torch.compiler.is_compiling()
+    few = not torch.compiler.is_compiling() and q.size(2) * k.size(2) <= _FEW_SCORES
     if _needs_mask(q, k, causal, features):
         return None if few else "PyTorch's operator would need a mask of all scores"
     if few:

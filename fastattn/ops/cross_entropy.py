@@ -273,7 +273,7 @@ def cross_entropy(
         TypeError: input is not floating-point, or target is neither indices nor probabilities.
         ValueError: shapes or devices do not fit, or an option is out of range.
         IndexError: a target is no class; on a GPU within `debug_checks` alone, else its row's loss and gradient are
-            NaN.
+            NaN by Triton, and PyTorch's operators assert on the device.
         RuntimeError: a second backward with `inplace`, or one after something else has written to input.
         NotSupported: the implementation asked for cannot take the call.
 

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.dispatch import Implementation, Operation, autocasts, refuse_transforms, refuse_triton
+from fastattn.dispatch import (
+    Implementation,
+    Operation,
+    autocasts,
+    linear_dtype,
+    refuse_transforms,
+    refuse_triton,
+)
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype
-from fastattn.ops._loss_chunks import Chunks, chunk_rows_of, divides_first, shares_of
+from fastattn.ops._loss_chunks import CACHED_ROWS, Chunks, chunk_rows_of, divides_first, shares_of
 from fastattn.ops._register import register
 
 _CALL = (
@@ -111,7 +118,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         input, weight, bias, target, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            divided = divides_first(ctx.options, ctx.how)
+            divided = divides_first(ctx.options, ctx.how, input.dtype)
             scale: Tensor | None = dloss
             if ctx.options.reduction == "mean" and not divided:
                 scale = dloss / kept.clamp(min=1.0)
@@ -147,9 +154,15 @@ def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     scale = scale.reshape((1,) * gradient.dim())
     if torch.compiler.is_compiling():
         return (gradient * scale).to(dtype)
-    if gradient.is_cpu or gradient.dtype == dtype:
-        return gradient.mul_(scale).to(dtype)
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale)
+    result = torch.empty_like(gradient, dtype=dtype)
+    if not gradient.is_cpu:
+        return torch.mul(gradient, scale, out=result)
+    # Some rows at a time: what is multiplied is still in the cache when it is rounded.
+    for rows, rounded in zip(gradient.split(CACHED_ROWS), result.split(CACHED_ROWS), strict=True):
+        rounded.copy_(rows.mul_(scale))
+    return result
 
 
 Arguments = tuple[Tensor, Tensor, "Tensor | None", Tensor, LossOptions, "int | None", "torch.dtype | None"]
@@ -211,13 +224,6 @@ def _check(
         raise TypeError(f"input, linear_weight and linear_bias have dtypes {dtypes}; one for all is needed")
 
 
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    """Of the products, as `torch.nn.functional.linear` has it: autocast's, but float64 stays."""
-    if input.dtype != torch.float64 and autocasts(input):
-        return torch.get_autocast_dtype(input.device.type)
-    return input.dtype
-
-
 def _refuse_triton(
     input: Tensor,
     weight: Tensor,
@@ -229,13 +235,13 @@ def _refuse_triton(
 ) -> str | None:
     if weight.size(0) == 0:
         return "classes=0 must be at least 1"
-    return refuse_triton(input, _compute_dtype(input))
+    return refuse_triton(input, linear_dtype(input))
 
 
 def _run(triton: bool, *arguments: Any) -> Tensor:
     input, weight, bias, target, options, budget, out_dtype = arguments
     check_classes(target, weight.size(0), options.ignore_index)
-    how = Chunks(budget, _compute_dtype(input), triton)
+    how = Chunks(budget, linear_dtype(input), triton)
     dtype = out_dtype or loss_dtype(input.dtype, input)
     rows, flat = input.reshape(-1, input.size(-1)), target.reshape(-1)
     if needs_graph(input, weight, bias):
@@ -248,7 +254,7 @@ def _run(triton: bool, *arguments: Any) -> Tensor:
 def _describe(triton: bool, *arguments: Any) -> str:
     input, weight, _, _, options, budget, _ = arguments
     rows = input.reshape(-1, input.size(-1))
-    size = chunk_rows_of(rows, weight, options.softcap, Chunks(budget, _compute_dtype(input), triton))
+    size = chunk_rows_of(rows, weight, options.softcap, Chunks(budget, linear_dtype(input), triton))
     by = "Triton kernels" if triton else "PyTorch's operators"
     return f"chunks of {size} rows, their products by PyTorch, losses and dlogits by {by}"
 
@@ -332,7 +338,7 @@ def linear_cross_entropy(
         reduction, label_smoothing, z_loss, softcap: as for `fastattn.cross_entropy`.
         memory_budget: bytes that a chunk's logits, and what is made of them, may take; at least one row is taken. None:
             a quarter of what input and linear_weight hold, but at least 1,024 rows on a GPU and 128 elsewhere
-            (256 of 16 bits).
+            (512 of 16 bits). On a CPU PyTorch's operators work on some rows of a chunk at a time.
         out_dtype: the loss's dtype; None for input's, under autocast float32 or wider.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
@@ -342,7 +348,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: a tensor has a dtype that does not fit.
         ValueError: shapes or devices do not fit, or an option is out of range.
-        IndexError: a target is no class; on a GPU within `debug_checks` alone, else what it touches is NaN.
+        IndexError: a target is no class; on a GPU within `debug_checks` alone, else its row's loss and gradient are
+            NaN, and with them those of the parameters.
         NotSupported: the implementation asked for cannot take the call, or a second derivative is asked for.
 
     Notes:

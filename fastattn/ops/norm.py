@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Operation
-from fastattn.ops._norm_call import IMPLEMENTATIONS, Features, Shape, check
+from fastattn.ops._norm_call import (
+    ADD_LAYER,
+    ADD_RMS,
+    IMPLEMENTATIONS,
+    LAYER,
+    RMS,
+    Features,
+    Shape,
+    at_once,
+    check,
+)
 
 _Call = tuple[Tensor, Tensor | None, Shape, Tensor | None, Tensor | None, float | None, Features]
-_LAYER, _RMS = Features(rms=False, adds=False), Features(rms=True, adds=False)
 
 
 # The arguments of the operations, of those of the public functions: `explain` is given the latter.
@@ -26,7 +35,7 @@ def _pack_layer(
     return_statistics: bool,
     save: str,
 ) -> _Call:
-    features = _LAYER
+    features = LAYER
     if zero_centered_weight or return_statistics or out_dtype is not None or save != "input":
         features = Features(False, False, zero_centered_weight, out_dtype, return_statistics, save)
     return x, None, normalized_shape, weight, bias, eps, features
@@ -42,7 +51,7 @@ def _pack_rms(
     return_statistics: bool,
     save: str,
 ) -> _Call:
-    features = _RMS
+    features = RMS
     if zero_centered_weight or return_statistics or out_dtype is not None or save != "input":
         features = Features(True, False, zero_centered_weight, out_dtype, return_statistics, save)
     return x, None, normalized_shape, weight, None, eps, features
@@ -63,8 +72,10 @@ def _pack_add_layer(
     return_statistics: bool,
     save: str,
 ) -> _Call:
-    given = (zero_centered_weight, out_dtype, return_statistics, save, dropout_p, rowscale, residual_dtype)
-    return x, residual, normalized_shape, weight, bias, eps, Features(False, True, *given)
+    features = _features_of_sum(
+        False, zero_centered_weight, out_dtype, return_statistics, save, dropout_p, rowscale, residual_dtype
+    )
+    return x, residual, normalized_shape, weight, bias, eps, features
 
 
 def _pack_add_rms(
@@ -81,14 +92,41 @@ def _pack_add_rms(
     return_statistics: bool,
     save: str,
 ) -> _Call:
-    given = (zero_centered_weight, out_dtype, return_statistics, save, dropout_p, rowscale, residual_dtype)
-    return x, residual, normalized_shape, weight, None, eps, Features(True, True, *given)
+    features = _features_of_sum(
+        True, zero_centered_weight, out_dtype, return_statistics, save, dropout_p, rowscale, residual_dtype
+    )
+    return x, residual, normalized_shape, weight, None, eps, features
 
 
-_LAYER_NORM = Operation("layer_norm", check, IMPLEMENTATIONS, pack=_pack_layer)
-_RMS_NORM = Operation("rms_norm", check, IMPLEMENTATIONS, pack=_pack_rms)
-_ADD_LAYER_NORM = Operation("add_layer_norm", check, IMPLEMENTATIONS, pack=_pack_add_layer)
-_ADD_RMS_NORM = Operation("add_rms_norm", check, IMPLEMENTATIONS, pack=_pack_add_rms)
+def _features_of_sum(
+    rms: bool,
+    zero_centered_weight: bool,
+    out_dtype: torch.dtype | None,
+    return_statistics: bool,
+    save: str,
+    dropout_p: float,
+    rowscale: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> Features:
+    asked = zero_centered_weight or return_statistics or save != "input" or dropout_p != 0
+    if asked or out_dtype is not None or rowscale is not None or residual_dtype is not None:
+        given = (
+            zero_centered_weight,
+            out_dtype,
+            return_statistics,
+            save,
+            dropout_p,
+            rowscale,
+            residual_dtype,
+        )
+        return Features(rms, True, *given)
+    return ADD_RMS if rms else ADD_LAYER
+
+
+_LAYER_NORM = Operation("layer_norm", check, IMPLEMENTATIONS, pack=_pack_layer, at_once=at_once)
+_RMS_NORM = Operation("rms_norm", check, IMPLEMENTATIONS, pack=_pack_rms, at_once=at_once)
+_ADD_LAYER_NORM = Operation("add_layer_norm", check, IMPLEMENTATIONS, pack=_pack_add_layer, at_once=at_once)
+_ADD_RMS_NORM = Operation("add_rms_norm", check, IMPLEMENTATIONS, pack=_pack_add_rms, at_once=at_once)
 
 
 @_LAYER_NORM.public
@@ -140,8 +178,9 @@ def layer_norm(
         Triton: statistics and sums are in float32 at any width; the backward saves x, weight and one float32
         mean and rstd a row, and is deterministic; rows at equal distances are read in place, an x (or an
         incoming gradient) of another layout is copied once; double backward goes through PyTorch's operators.
-        save="output": where a weight is 0, gradients of x and of that weight are NaN; where it is small beside bias, y
-        has lost digits of x in its rounding that the gradients lack; there is no double backward (`NotSupported`).
+        save="output": where a weight is 0 and y has a gradient, those of x and of that weight are NaN; where it is
+        small beside bias, y has lost digits of x in its rounding that the gradients lack; there is no double backward
+        (`NotSupported`).
         PyTorch's operators keep what they keep, whatever `save` says.
         PyTorch's own CPU operator sums the gradients of 16-bit parameters in their dtype, over many rows with
         few correct digits; float32 parameters beside a 16-bit x get float32 sums here.
@@ -256,7 +295,8 @@ def add_layer_norm(
         dtype and nothing is dropped or scaled, one tensor is the gradient of both.
         Dropout: Triton draws Philox numbers from a seed of PyTorch's generator of x's device, so `torch.manual_seed`
         fixes them, and draws them again in the backward: no mask is stored. PyTorch's operators drop other elements,
-        and round the sum's terms in x's dtype. A dropped element is 0 even if it was infinite.
+        and round the sum's terms in x's dtype. Of an infinite or NaN x, a dropped element is 0 by Triton and NaN by
+        PyTorch's operators, which multiply it by 0.
         save="output" keeps y and not h: where the caller does not need h after this, it is not kept alive.
         Otherwise as `layer_norm`'s.
 

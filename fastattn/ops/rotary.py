@@ -278,8 +278,10 @@ def rotary_embedding(
         Computed in float32, and under autocast in x's dtype outside of it. The backward is the same rotation by the
         negative angles: saved are tables and positions, never x, and second derivatives exist. Gradients of cos and sin
         go through PyTorch's operators. Any strides with a contiguous last dimension are read in place; what has another
-        layout is copied. Under torch.compile a rotation is left to the compiler; in place it is
-        a rotation and a copy wherever gradients are recorded.
+        layout is copied. Under torch.compile a rotation is left to the compiler; in place it is a rotation and a copy
+        wherever gradients are recorded.
+        In place Triton takes no other memory, and PyTorch's operators 2 MiB for a piece at a time; with gradients of
+        cos or sin, and within transforms, these rotate all of x and copy that over it.
 
     Source:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2, equation 34.
@@ -311,8 +313,8 @@ def rotary_embedding_qk(
             and (total, kv_heads, head_dim), of one dtype.
         cos, sin, interleaved, offsets, positions, cu_seqlens, max_seqlen, implementation: as in
             `fastattn.rotary_embedding`.
-        inplace: write over q and k, which must not overlap, and return them; a launch each where gradients are
-            recorded.
+        inplace: write over q and k, which must have no element in common (views of packed q, k and v have none), and
+            return them; a launch each where gradients are recorded. Under torch.compile that is not checked.
 
     Returns:
         Both, rotated, each as `fastattn.rotary_embedding` returns it.

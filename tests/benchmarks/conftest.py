@@ -1,13 +1,18 @@
 """What the tests of the benchmarks share."""
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.cases import GeluCase
+from benchmarks.cases import GeluCase, OpCase
 from benchmarks.host import measure_import
-from benchmarks.providers import PROVIDERS, provider
+from benchmarks.measure import DIRECTIONS, Inputs, prepare
+from benchmarks.providers import PROVIDERS, provider, registry
 from benchmarks.suites import SUITES, Suite
 from fastattn import dispatch
 
@@ -63,3 +68,31 @@ def extra_provider():
     yield add
     for operation, name in added:
         del PROVIDERS[operation][name]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a module with these members where an import finds it, and lets peers run without a GPU."""
+
+    class Gpu:
+        type = "cuda"
+
+    real = registry.import_peer
+    monkeypatch.setattr(registry, "import_peer", lambda module, device: real(module, Gpu))  # type: ignore[arg-type]
+
+    def put(name: str, **members: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(members)
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return put
+
+
+def agrees(case: OpCase, name: str) -> None:
+    """Asserts that a provider's results and gradients are the case's."""
+    inputs = Inputs(case, torch.device("cpu"))
+    for direction in DIRECTIONS:
+        prepare(inputs, name, direction)

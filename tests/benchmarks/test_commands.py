@@ -133,8 +133,8 @@ def test_run_under_the_interpreter(refused, monkeypatch):
         ("--suite mlp --cases typo", "no case has 'typo' in its name; there are fp32-erf-1024x4096, "),
         ("--rounds 0", "--rounds 0 must be at least 1"),
         (
-            "--suite mlp --providers liger",
-            "no provider has 'liger' in its name; there are fastattn, fastattn-",
+            "--suite mlp --providers xformers",
+            "no provider has 'xformers' in its name; there are fastattn, fastattn-",
         ),
         ("--suite host --providers torch", "no provider has 'torch' in its name; there are none"),
         ("--minutes 0", "--minutes 0 must be above 0"),

@@ -2,17 +2,17 @@
 
 import sys
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
-from benchmarks.cases import AttentionCase, LayerNormCase, LinearLossCase, LossCase, RMSNormCase
-from benchmarks.measure import DIRECTIONS, Inputs, _empty_row, prepare
-from benchmarks.providers import Absent, peers
+from benchmarks.cases import AttentionCase, LossCase
+from benchmarks.measure import Inputs, prepare
+from benchmarks.providers import Absent
 from fastattn import reference
+from tests.benchmarks.conftest import agrees
 
 CPU = torch.device("cpu")
 SQUARE = AttentionCase(1, 2, 17, 16, causal="top_left")
@@ -21,33 +21,6 @@ WITH_OPTIONS = [
     replace(LONG_KEYS, options=options)
     for options in ("window", "softcap", "alibi", "lse", "bias", "mask", "lengths", "window+alibi+lengths")
 ]
-
-
-@pytest.fixture
-def install(monkeypatch):
-    """Puts a module with these members where an import finds it, and lets peers run without a GPU."""
-
-    class Gpu:
-        type = "cuda"
-
-    real = peers._import
-    monkeypatch.setattr(peers, "_import", lambda module, device: real(module, Gpu))
-
-    def put(name, **members):
-        module = ModuleType(name)
-        vars(module).update(members)
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
-        monkeypatch.setitem(sys.modules, name, module)
-
-    return put
-
-
-def agrees(case, name):
-    inputs = Inputs(case, CPU)
-    for direction in DIRECTIONS:
-        prepare(inputs, name, direction)
 
 
 def flash_attention(q, k, v, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
@@ -130,57 +103,6 @@ def test_flex_attention_is_pytorchs_own(case, install, monkeypatch):
     prepare(Inputs(case, CPU), "flex-compile", "forward")
 
 
-def test_liger_writes_over_its_logits_and_spoils_nobody_elses(install):
-    seen = []
-
-    class CrossEntropy(torch.autograd.Function):
-        """Liger's way: the forward puts the gradient where the logits were."""
-
-        @staticmethod
-        def forward(ctx, logits, targets):
-            with torch.enable_grad():
-                leaf = logits.detach().clone().requires_grad_()
-                loss = F.cross_entropy(leaf, targets)
-                seen.append(logits)
-                if logits.requires_grad:
-                    logits.copy_(torch.autograd.grad(loss, leaf)[0])
-            ctx.save_for_backward(logits)
-            return loss.detach()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return ctx.saved_tensors[0] * grad, None
-
-    install(
-        "liger_kernel.transformers.functional",
-        liger_cross_entropy=CrossEntropy.apply,
-        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-        liger_rms_norm=lambda x, weight, eps, *, in_place: F.rms_norm(x, weight.shape, weight, eps),
-    )
-    agrees(LossCase(21, 13), "liger")
-    inputs = Inputs(LossCase(21, 13), CPU)
-    for direction, copies in zip(DIRECTIONS, (False, True), strict=True):
-        prepare(inputs, "liger", direction)
-        # A copy is timed only where there is something to protect, and its row says so.
-        assert (seen[-1].data_ptr() != inputs.tensors[0].data_ptr()) is copies
-        note = _empty_row(inputs.case, direction, "liger").get("note", "")
-        assert ("copy of the logits" in note) is copies
-    agrees(LayerNormCase(5, 33), "liger")
-    agrees(RMSNormCase(5, 33), "liger")
-    with pytest.raises(Absent, match="has a weight and a bias"):
-        prepare(Inputs(LayerNormCase(5, 33, affine=False), CPU), "liger", "forward")
-
-
 def test_quack(install):
     install("quack.cross_entropy", cross_entropy=F.cross_entropy)
     agrees(LossCase(21, 13), "quack")
-
-
-def test_ligers_linear_loss_is_called_by_name(install):
-    """Its functional form, (input, weight, target, bias, ...), with weight (classes, width)."""
-
-    def linear_cross_entropy(input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
-        return F.cross_entropy(F.linear(input, weight, bias), target, ignore_index=ignore_index)
-
-    install("liger_kernel.transformers.functional", liger_fused_linear_cross_entropy=linear_cross_entropy)
-    agrees(LinearLossCase(21, 8, 13), "liger")

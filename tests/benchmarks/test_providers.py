@@ -8,6 +8,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import (
     AddLayerNormCase,
+    AddRMSNormCase,
     AttentionCase,
     BiasGeluCase,
     BlockCase,
@@ -19,6 +20,7 @@ from benchmarks.cases import (
     MlpCase,
     RMSNormCase,
     RotaryCase,
+    SwigluCase,
 )
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.inputs import as_tuple
@@ -34,10 +36,12 @@ CASES = (
     LayerNormCase(300, 8, affine=False),
     RMSNormCase(5, 33),
     AddLayerNormCase(5, 33),
+    AddRMSNormCase(5, 33),
     GeluCase(3, 17),
     GeluCase(3, 17, "tanh"),
     BiasGeluCase(5, 17),
     GegluCase(3, 17),
+    SwigluCase(3, 17),
     MlpCase(5, 8, 12),
     LossCase(21, 13),
     LinearLossCase(21, 8, 13),
@@ -48,6 +52,7 @@ CASES = (
 GPU_ONLY = (
     *("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "flex-compile"),
     *("fastattn-triton", "fastattn-fused", "fastattn-separate"),
+    *("fastattn-descriptors", "fastattn-specialized"),
 )
 # Packages that are not installed here, and what is not written yet.
 ABSENT = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")
@@ -73,6 +78,8 @@ def test_provider_agrees_with_the_reference(case, name, direction, no_interprete
         with pytest.raises(Absent, match="GPU"):
             prepare(inputs, name, direction)
         return
+    if name == "torch-chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("PyTorch has it from 2.13 on")
     results = prepare(inputs, name, direction)()
     assert len(results) == len(inputs.grad_outputs) + (0 if direction == "forward" else len(inputs.tensors))
 
@@ -143,6 +150,26 @@ def test_wrong_last_row_of_a_parameter_gradient_is_caught(extra_provider):
         prepare(Inputs(LayerNormCase(5, 300), CPU), "wrong", "forward+backward")
 
 
+def test_pytorchs_chunks_are_asked_for(monkeypatch):
+    """Without options its function computes all logits, as "torch" does already."""
+    asked = []
+
+    def linear_cross_entropy(input, linear_weight, target, *, options=None):
+        asked.append(options)
+        return torch.nn.functional.cross_entropy(input @ linear_weight.t(), target)
+
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: "in chunks", raising=False)
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", linear_cross_entropy, raising=False)
+    prepare(Inputs(LinearLossCase(21, 8, 13), CPU), "torch-chunked", "forward")
+    assert set(asked) == {"in chunks"}
+
+
+def test_pytorchs_chunks_are_absent_before_it_had_them(monkeypatch):
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    with pytest.raises(Absent, match=r"linear_cross_entropy has no chunks in PyTorch \d"):
+        prepare(Inputs(LinearLossCase(21, 8, 13), CPU), "torch-chunked", "forward")
+
+
 def test_ceilings_count_bytes_both_ways_and_two_operations_a_product():
     copy, product = measure_ceilings(CPU, rounds=2, timer=lambda call: 10.0)
     assert (copy["case"], product["case"]) == ("copy", "matmul")
@@ -153,7 +180,7 @@ def test_ceilings_count_bytes_both_ways_and_two_operations_a_product():
 def test_provider_names_are_checked():
     with pytest.raises(
         ValueError,
-        match="operation='gelus' is unknown; there are attention, layer_norm, rms_norm, add_layer_norm, gelu",
+        match="operation='gelus' is unknown; there are attention, layer_norm, rms_norm, add_layer_norm, ",
     ):
         provider("gelus", "mine")
     with pytest.raises(ValueError, match="operation 'gelu' has a provider 'torch' already"):

@@ -194,6 +194,10 @@ def test_gpu_runs_chosen_parts(pretend_gpu, tmp_path):
     ran, _ = pretend_gpu
     assert commands.main(["gpu", "--out", str(tmp_path), "--parts", "run"]) == 0
     assert [command[3] for command in ran] == ["run"]
+    ran.clear()
+    assert commands.main(["gpu", "--out", str(tmp_path), "--parts", "tune", "--commit", "abc"]) == 0
+    (command,) = ran
+    assert " ".join(command[3:]) == f"tune --out {tmp_path / 'tune'} --resume --minutes 20 --commit abc"
 
 
 def test_logged_output_is_on_the_terminal_and_in_the_file(tmp_path, capsys):

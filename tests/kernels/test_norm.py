@@ -1,10 +1,8 @@
-"""The norm launchers: every form of the kernels at small odd sizes, and at real sizes on a GPU."""
+"""The norm launchers: every form of the kernels at small odd sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +12,8 @@ from fastattn.kernels._norm_config import select_norm_backward_config, select_no
 from fastattn.kernels._plan import row_distance
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.kernels.norm_forward import norm_forward
-from fastattn.testing import assert_accurate, make_tensor
+from fastattn.testing import make_tensor
 from tests.norm_checks import (
-    DTYPES,
     EPS,
     FORMS,
     Case,
@@ -27,14 +24,7 @@ from tests.norm_checks import (
     kept_elements,
 )
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN, so that an element that no kernel writes shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 WIDTHS = [Case(width=width) for width in (1, 3, 63, 127)]
@@ -202,7 +192,7 @@ def test_column_tiles_of_very_different_means(form: str, device: torch.device) -
     check(case, given, FORMS[form])
 
 
-EVERYTHING = Case(rows=11, adds=True, dropout_p=0.4, rowscale=True)
+EVERYTHING = Case(rows=9, width=35, adds=True, dropout_p=0.4, rowscale=True)
 
 
 @pytest.mark.parametrize("form", ["tiles"])
@@ -310,134 +300,3 @@ def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.Monkey
             found = (y, tensor, mean, rstd)  # the backward reads it in the place of the sum
             runs.append((y, summed, *backward(case, given, found, form[1]).values()))
         assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("target", KNOWN_TARGETS)
-@pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_configs_cover_every_width(dtype: str, heavy: bool, target: str) -> None:
-    known = KNOWN_TARGETS[target]
-    lanes = 64 if known.backend == "hip" else 32
-    for exponent in range(21):
-        for width in (2**exponent, 2**exponent + 1, 3 * 2**exponent):
-            alignment, dtypes = math.gcd(width, 16), [DTYPES[dtype]] * 3
-            ahead = select_norm_forward_config(width, alignment, DTYPES[dtype], heavy, known)
-            back = select_norm_backward_config(width, alignment, dtypes, heavy, known)
-            for config in (ahead, back.walk, back.row_means, back.sums):
-                tile = config.block_m * config.block_n
-                assert tile.bit_count() == 1
-                assert config.block_n >= 4  # of which one draw of random numbers serves as many
-                assert config.num_warps * lanes <= 1024
-                # At most 32 elements a thread, or their sums spill.
-                assert tile <= 32 * config.num_warps * lanes
-            # What is in flight fits, with both programs of 8 warps.
-            tile_bytes = back.walk.block_m * back.walk.block_n * 3 * DTYPES[dtype].itemsize
-            programs = max(16 * 32 // (back.walk.num_warps * lanes), 1)
-            assert programs * (back.walk.num_stages - 1) * tile_bytes < known.shared_memory
-            # At most a few megabytes of partial sums for each parameter at the usual widths.
-            assert back.programs <= 8 * known.multiprocessors
-
-
-REAL_SIZES = [
-    Case(8192, 4096, "bf16"),
-    Case(8192, 4096, "fp32"),
-    Case(16384, 768, "bf16", "fp32"),
-    Case(5000, 1001, "fp16"),
-    Case(4096, 8192, "bf16"),
-    Case(512, 16384, "fp32"),
-    Case(512, 32768, "bf16", "fp32"),
-    Case(300, 131072, "bf16"),
-    Case(300, 131072, "fp32"),
-    Case(64, 300001, "fp32"),
-    Case(100_000, 3, "fp32"),
-    Case(8192, 4096, "bf16", rms=True),
-    Case(8192, 1024, "bf16", adds=True),
-    Case(4096, 4096, "bf16", "fp32", adds=True, residual="fp32", dropout_p=0.1),
-    Case(1024, 8192, "bf16", adds=True, rowscale=True, from_output=True),
-    Case(300, 65536, "bf16", adds=True, residual="fp32", dropout_p=0.1, rms=True),
-    Case(300, 65536, "bf16", adds=True),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", REAL_SIZES, ids=str)
-def test_real_sizes(case: Case, device: torch.device) -> None:
-    check(case, case.tensors(device))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", REAL_SIZES, ids=str)
-def test_real_sizes_give_the_same_bits_twice(case: Case, device: torch.device) -> None:
-    given = case.tensors(device)
-    runs = []
-    for _ in range(2):
-        found = forward(case, given)
-        runs.append((*found, *backward(case, given, found).values()))
-    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
-@pytest.mark.gpu
-def test_large_mean_and_small_variance_in_wide_rows(device: torch.device) -> None:
-    for width in (4096, 131072):
-        case = Case(rows=8, width=width)
-        x = 1e4 + 0.1 * make_tensor(8, width, device=device)
-        y, _, mean, rstd = forward(case, {"x": x})
-        assert (y - reference.layer_norm(x.double(), width, None, None, EPS)).abs().max() < 1e-4
-        check_statistics(case, x, mean, rstd)
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_more_than_2_31_elements(device: torch.device) -> None:
-    """65,600 rows of 32,768 columns: elements past the 2^31st are in the last 64 rows."""
-    case = Case(rows=65_600, width=32_768, dtype="fp16", has_bias=False)
-    x = torch.randn(65_600, 32_768, dtype=torch.float16, device=device)
-    given = {"x": x, "weight": make_tensor(32_768, dtype=torch.float16, device=device)}
-    found = forward(case, given)
-    gradients = backward(case, given | {"dy": found[0]}, found)
-    short, last = replace(case, rows=80), given | {"x": x[-80:].clone()}
-    found_last = forward(short, last)
-    gradients_last = backward(short, last | {"dy": found_last[0]}, found_last, asked="r")
-    assert torch.equal(found[0][-80:], found_last[0])
-    assert torch.equal(gradients["r"][-80:], gradients_last["r"])
-
-
-@pytest.mark.gpu
-def test_dweight_error_grows_with_the_root_of_the_rows(device: torch.device) -> None:
-    """A sum over 100,000 rows in bfloat16 is as near as float32's, and not off by its own size in rounding."""
-    case = Case(rows=100_000, width=256, dtype="bf16", parameters="fp32")
-    given = case.tensors(device)
-    found = backward(case, given, forward(case, given))
-    x_hat = reference.layer_norm(given["x"].double(), 256, eps=EPS)
-    truth = (given["dy"].double() * x_hat).sum(0)
-    peer = (given["dy"].float() * x_hat.float()).sum(0)
-    assert_accurate(found["w"], peer, truth, growth=math.sqrt(case.rows))
-
-
-@pytest.mark.gpu
-def test_no_recompilation_as_the_number_of_rows_changes(device: torch.device) -> None:
-    """Also for 1 row and for multiples of 16, which Triton tells apart unless it is told not to."""
-    from fastattn.kernels import norm_backward as back
-    from fastattn.kernels import norm_forward as ahead
-
-    kernels = (
-        ahead._norm_forward_kernel,
-        back._norm_backward_kernel,
-        back._norm_row_means_kernel,
-        back._sum_partials_kernel,
-    )
-
-    def compiled() -> list[int]:
-        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
-
-    def run(rows: int) -> None:
-        for width in (768, 1001, 20_000):
-            for case in (Case(rows, width, "bf16"), Case(rows, width, "bf16", adds=True, dropout_p=0.1)):
-                given = case.tensors(device)
-                backward(case, given, forward(case, given))
-
-    run(100)
-    before = compiled()
-    for rows in (1, 2, 16, 17, 64, 4096):
-        run(rows)
-    assert compiled() == before

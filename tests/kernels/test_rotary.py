@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,14 +14,7 @@ from fastattn.kernels._rotary_config import RotaryConfig, heads_of_program, sele
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.testing import assert_accurate, make_tensor
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN, so that an element that no program writes shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def check(tensors: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool) -> None:
@@ -40,17 +32,15 @@ def check(tensors: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, co
         assert torch.equal(y, z)
 
 
-@pytest.mark.parametrize("conjugate", (False, True), ids=("there", "back"))
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
 @pytest.mark.parametrize("head_dim, rotary_dim", [(2, 2), (6, 4), (16, 16), (126, 126), (127, 2), (40, 20)])
-def test_tiles_of_any_width(
-    head_dim: int, rotary_dim: int, interleaved: bool, conjugate: bool, device: torch.device
-) -> None:
-    """9 positions are tiles of 4, 4 and 1, and 3 and 5 heads programs of 2, of two tensors in one launch."""
-    cos, sin = rotary_tables(11, rotary_dim, device=device)
-    q = make_tensor(2, 3, 9, head_dim, device=device)
-    k = make_tensor(2, 5, 9, head_dim, device=device, seed=1)
-    check([q, k], cos, sin, interleaved, conjugate)
+def test_tiles_of_any_width(head_dim: int, rotary_dim: int, interleaved: bool, device: torch.device) -> None:
+    """5 positions are tiles of 4 and 1, and 3 and 4 heads programs of 2, of two tensors in one launch."""
+    cos, sin = rotary_tables(7, rotary_dim, device=device)
+    q = make_tensor(1, 3, 5, head_dim, device=device)
+    k = make_tensor(1, 4, 5, head_dim, device=device, seed=1)
+    for conjugate in (False, True) if head_dim == 16 else (head_dim == 6,):
+        check([q, k], cos, sin, interleaved, conjugate)
 
 
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))

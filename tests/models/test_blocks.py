@@ -13,7 +13,6 @@ from fastattn.models.blocks import (
     Block,
     PostNormBlock,
     PreNormBlock,
-    StreamNorm,
     check_tokens,
     head_loss,
     init_normal_,
@@ -21,6 +20,7 @@ from fastattn.models.blocks import (
     make_mlp,
     token_loss,
 )
+from fastattn.nn._fusion import read_stream
 from fastattn.testing import make_tensor
 from tests.models.agreement import assert_near
 
@@ -49,10 +49,8 @@ def _run(block: Block, x: Tensor, **keywords: Tensor) -> Tensor:
     out = block(x, **keywords)
     if isinstance(out, Tensor):
         return out
-    norm = StreamNorm(CONFIG)
-    norm.dropout = block.mlp_norm.dropout
-    norm.train(block.training)
-    return norm.read(*out)[1]
+    stream, branch = out
+    return stream + block.dropout(branch)
 
 
 def _randomized(layer: nn.Module) -> nn.Module:
@@ -159,7 +157,7 @@ def test_dropout_is_everywhere(place: str, norm_first: bool) -> None:
     """In training nothing repeats, whichever place alone can drop something; in evaluation all does."""
     block = BLOCKS[norm_first](tiny(dropout=0.5, implementation="torch"))
     if place == "attention weights":
-        block.attention_norm.dropout = block.mlp_norm.dropout = 0.0
+        block.dropout = nn.Identity()
     else:
         block.attention.dropout = 0.0
         other = block.mlp.contract if place == "attention branch" else block.attention.out_proj
@@ -250,7 +248,7 @@ def test_stream_keeps_its_dtype_under_autocast(norm_first: bool, device: torch.d
     with torch.autocast(device.type, torch.bfloat16):
         out = block(x)
         stream, branch = out if norm_first else (out, None)
-        read = StreamNorm(CONFIG).to(device).read(stream, branch)
+        read = read_stream(stream, branch, block.dropout, block.mlp_norm)
     assert stream.dtype == torch.float32
     assert branch is None or branch.dtype == torch.bfloat16
     assert [part.dtype for part in read] == [torch.bfloat16, torch.float32]

@@ -206,7 +206,8 @@ def test_compiles_in_one_graph_for_all_sizes(name: str, norm_first: bool, dropou
         return graph
 
     compiled = compile_whole(module, backend, dynamic=True)
-    for batch, seq in ((2, 5), (3, 6), (4, 9)):
+    # 300: above the number of scores from which eager attention would take another form.
+    for batch, seq in ((2, 5), (3, 6), (4, 9), (2, 300)):
         inputs = [
             make_tensor(batch, n, EMBED, seed=n) for n in (seq, seq + 2)[: len(make_inputs(name, "cpu"))]
         ]
@@ -231,6 +232,19 @@ def test_exports(name: str, device: torch.device) -> None:
     module = make_layer(name, device, implementation="torch").eval()
     inputs = tuple(make_inputs(name, device))
     assert_near(torch.export.export(module, inputs).module()(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_exports_for_all_sizes(name: str) -> None:
+    """A comparison of sizes whose outcome was not used bound the exported lengths from above."""
+    module = make_layer(name, implementation="torch").eval()
+    inputs = tuple(make_inputs(name, "cpu"))
+    batch = torch.export.Dim("batch", min=2)
+    lengths = [torch.export.Dim(f"seq{n}", min=2) for n in range(len(inputs))]
+    dims = tuple({0: batch, 1: length} for length in lengths)
+    exported = torch.export.export(module, inputs, dynamic_shapes=dims).module()
+    longer = [make_tensor(3, 300 + n, EMBED, seed=n) for n in range(len(inputs))]
+    assert_near(exported(*longer), module(*longer))
 
 
 def test_functional_calls_and_transforms(device: torch.device) -> None:

@@ -26,6 +26,7 @@ def test_nested_tensors_are_sequences_alone(
             src = torch.nested.as_nested_tensor(rows, layout=layout)
             out = module(src, is_causal=is_causal)
             assert out.is_nested and out.layout == layout
+            assert (out + src).is_nested  # a residual around the layer
             outs = out.unbind()
         else:
             outs = [module(row, is_causal=is_causal) for row in rows]

@@ -158,8 +158,8 @@ def _fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments, **keywords: called.append(name) or function(*arguments, **keywords)
 
-    for name in ("add_layer_norm", "mlp"):
-        monkeypatch.setattr(f"fastattn.nn.transformer.{name}", watch(name, getattr(fastattn, name)))
+    for module, name in (("_fusion", "add_layer_norm"), ("transformer", "mlp")):
+        monkeypatch.setattr(f"fastattn.nn.{module}.{name}", watch(name, getattr(fastattn, name)))
     return called
 
 
@@ -183,7 +183,7 @@ def test_what_is_fused(name: str, norm_first: bool, monkeypatch: pytest.MonkeyPa
 def test_linear_layers_apart_match(activation: Any, device: torch.device) -> None:
     """As with dropout between them, but that this drops nothing."""
     module, peer = layer_pair(LAYERS[0], device, activation=activation)
-    module.dropout = torch.nn.Identity()
+    module.dropout = torch.nn.AlphaDropout(0.0)
     assert_same(module, peer, call_layer, *make_inputs(LAYERS[0], device))
 
 
@@ -223,7 +223,7 @@ def test_activations_that_mlp_knows(
     module, _ = layer_pair(LAYERS[0], device, activation=activation)
     _, peer = layer_pair(LAYERS[0], device, activation=function)
     if dropped:
-        module.dropout = torch.nn.Identity()
+        module.dropout = torch.nn.AlphaDropout(0.0)
     called = _fused_calls(monkeypatch)
     (x,) = make_inputs(LAYERS[0], device)
     assert_near(module(x), peer(x))
@@ -244,6 +244,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "linear_of_another_class": lambda m: setattr(m.linear1, "__class__", _DoubledLinear),
     "hook": lambda m: m.linear2.register_forward_hook(lambda module, inputs, out: 2 * out),
     "norm_hook": lambda m: m.norm2.register_forward_pre_hook(lambda module, inputs: (inputs[0] ** 2,)),
+    "own_forward": lambda m: setattr(m.linear1, "forward", lambda x: 2 * F.linear(x, m.linear1.weight)),
+    "norms_own_forward": lambda m: setattr(m.norm2, "forward", lambda x: 2 * x),
     "parametrized": lambda m: parametrize.register_parametrization(m.linear1, "weight", _Doubled()),
     "activation": lambda m: setattr(m, "activation", torch.nn.Sequential(torch.nn.ReLU(), _Doubled())),
     "activation_hook": lambda m: (
@@ -269,3 +271,29 @@ def test_changed_parts_are_called(change: str, norm_first: bool, device: torch.d
         m.to(device)
     assert_near(module(x), peer(x))
     assert not torch.allclose(module(x), before, atol=1e-3)
+
+
+def test_hooks_of_all_modules_see_the_parts() -> None:
+    """`register_module_forward_hook` watches every module; fused parts were not called."""
+    module, peer = layer_pair(LAYERS[0], torch.device("cpu"), implementation="torch")
+    (x,) = make_inputs(LAYERS[0], torch.device("cpu"))
+    seen: list[list[str]] = []
+    for m in (module, peer):
+        names = {part: name for name, part in m.named_modules()}
+        called: set[str] = set()
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda part, inputs, out, names=names, called=called: called.add(names.get(part, ""))
+        )
+        try:
+            m(x)
+        finally:
+            hook.remove()
+        seen.append(sorted(called))
+    assert set(seen[0]) >= set(seen[1]) >= {"linear1", "norm1", "dropout1"}
+
+
+def test_the_encoders_fast_path_can_be_turned_off() -> None:
+    layer = make_layer(LAYERS[0])
+    assert layer.activation_relu_or_gelu == 1
+    layer.activation_relu_or_gelu = 0
+    assert layer.activation_relu_or_gelu == 0

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastattn
 from fastattn.testing import make_tensor
 from tests.ops.comparison import (
+    CHECKS_OF_ARGUMENTS,
     assert_as_accurate,
     assert_compiles_whole,
     assert_second_derivatives_agree,
@@ -155,8 +156,10 @@ def test_opcheck(device: torch.device) -> None:
     x, bias = make_tensor(5, 2, 8, device=device).transpose(0, 1), make_tensor(8, device=device, seed=1)
     check = torch.library.opcheck
     check(torch.ops.fastattn.bias_activation_forward.default, (x, bias, "gelu"))
-    for needs in ((True, torch.float32, False), (False, torch.float32, False), (True, None, True)):
-        check(torch.ops.fastattn.bias_activation_backward.default, (x, x, bias, "silu", *needs))
+    backward = torch.ops.fastattn.bias_activation_backward.default
+    check(backward, (x, x, bias, "silu", True, torch.float32, False))
+    for needs in ((False, torch.float32, False), (True, None, True)):
+        check(backward, (x, x, bias, "silu", *needs), test_utils=CHECKS_OF_ARGUMENTS)
 
 
 def test_compiles_whole_with_dynamic_shapes(device: torch.device) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 import fastattn
 from fastattn.testing import make_tensor
 from tests.ops.comparison import (
+    ALL_CHECKS,
+    CHECKS_OF_ARGUMENTS,
     assert_as_accurate,
     assert_compiles_whole,
     assert_second_derivatives_agree,
@@ -193,7 +195,8 @@ def test_opcheck(device: torch.device) -> None:
     check, ops = torch.library.opcheck, torch.ops.fastattn
     check(ops.gated_forward.default, (value, gate, "silu"))
     for needs in ((True, True), (True, False), (False, True)):
-        check(ops.gated_backward.default, (dy, value, gate, "relu", *needs))
+        checks = ALL_CHECKS if all(needs) else CHECKS_OF_ARGUMENTS
+        check(ops.gated_backward.default, (dy, value, gate, "relu", *needs), test_utils=checks)
     check(ops.gated_packed_backward.default, (dy, x, "gelu_tanh", True))
 
 

@@ -185,6 +185,23 @@ def test_out_dtype(implementation: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("implementation", FAST)
+def test_float16_inputs_do_not_underflow_under_bfloat16_autocast(
+    implementation: str, device: torch.device
+) -> None:
+    """The mean was divided in the products' bfloat16, and dinput then rounded to float16's smallest numbers."""
+    rows = 4096
+    input = make_tensor(rows, 2, dtype=torch.float16, device=device, requires_grad=True)
+    weight = (1e-2 * make_tensor(3, 2, device=device)).half()
+    target = torch.arange(rows, device=device) % 3
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = fastattn.linear_cross_entropy(input, weight, target, implementation=implementation)
+    (dinput,) = torch.autograd.grad(65536 * loss, input)
+    wide = input.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(65536 * F.cross_entropy(F.linear(wide, weight.double()), target), wide)
+    assert (dinput.double() - truth).norm() < 1e-2 * truth.norm()
+
+
+@pytest.mark.parametrize("implementation", FAST)
 def test_float16_gradients_neither_underflow_nor_overflow(implementation: str, device: torch.device) -> None:
     """1 / rows times a small probability would vanish in float16, and a sum over many rows be infinite."""
     rows = 200

@@ -17,6 +17,8 @@ from benchmarks.memory import peak_memory
 from fastattn.kernels._linear_config import LinearConfig
 from fastattn.testing import make_tensor
 from tests.ops.comparison import (
+    ALL_CHECKS,
+    CHECKS_OF_ARGUMENTS,
     assert_as_accurate,
     assert_compiles_whole,
     assert_second_derivatives_agree,
@@ -228,10 +230,10 @@ def test_opcheck(device: torch.device) -> None:
     x, w1, b1, w2, _ = make_inputs((5,), 6, 7, 3, device)
     pre, dy = F.linear(x, w1, b1), make_tensor(5, 3, device=device)
     check, ops = torch.library.opcheck, torch.ops.fastattn
-    for needs in ((True, True), (False, True)):
-        check(ops.linear_activation_forward.default, (x, w1, b1, "gelu", *needs))
-    for needs in ((torch.float32, True), (None, False)):
-        check(ops.linear_activation_backward.default, (dy, w2, pre, "silu", *needs))
+    for needs, checks in (((True, True), ALL_CHECKS), ((False, True), CHECKS_OF_ARGUMENTS)):
+        check(ops.linear_activation_forward.default, (x, w1, b1, "gelu", *needs), test_utils=checks)
+    for needs, checks in (((torch.float32, True), ALL_CHECKS), ((None, False), CHECKS_OF_ARGUMENTS)):
+        check(ops.linear_activation_backward.default, (dy, w2, pre, "silu", *needs), test_utils=checks)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastattn.testing import make_tensor
+from tests.ops.comparison import ALL_CHECKS, CHECKS_OF_ARGUMENTS
 
 FORWARD, BACKWARD = torch.ops.fastattn.norm_forward.default, torch.ops.fastattn.norm_backward.default
 
@@ -23,16 +24,17 @@ def test_opcheck(centered: bool, everything: bool, device: torch.device) -> None
         residual = make_tensor(3, 4, 2, 5, device=device)
         rowscale, seed = make_tensor(3, 4, device=device), torch.tensor([1, 2], device=device)
         options = (2, 1e-5, centered, True, 0.5, torch.float32, torch.float16)
-    torch.library.opcheck(FORWARD, (x, residual, weight, weight, rowscale, seed, *options))
+    checks = ALL_CHECKS if everything and centered else CHECKS_OF_ARGUMENTS
+    torch.library.opcheck(FORWARD, (x, residual, weight, weight, rowscale, seed, *options), test_utils=checks)
     y, summed, mean, rstd = FORWARD(x, residual, weight, weight, rowscale, seed, *options)
     kept, gradient = (summed, summed) if everything else (x, None)
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
     flags = (2, centered, True, False, 0.5 if everything else 0.0)
     arguments = (gradient, kept, weight, weight, rowscale, seed, mean if centered else None, rstd, *flags)
     if everything:
-        torch.library.opcheck(BACKWARD, (y, *arguments, *dtypes))
+        torch.library.opcheck(BACKWARD, (y, *arguments, *dtypes), test_utils=checks)
     else:
-        torch.library.opcheck(BACKWARD, (y, *arguments, torch.bfloat16, None, None, None))
+        torch.library.opcheck(BACKWARD, (y, *arguments, torch.bfloat16, None, None, None), test_utils=checks)
 
 
 def test_backward_takes_any_strides_of_the_statistics(device: torch.device) -> None:

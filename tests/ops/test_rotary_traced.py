@@ -31,7 +31,7 @@ def test_opcheck(call: tuple[Any, ...], device: torch.device) -> None:
     else:
         tensors = [make_tensor(2, 5, heads, DIM, device=device).transpose(1, 2) for heads in (3, 1)]
     for operator in ("rotary_embedding", "rotary_embedding_in_place"):
-        checks = ALL_CHECKS if call[3] else CHECKS_OF_ARGUMENTS
+        checks = CHECKS_OF_ARGUMENTS if call[2] is None else ALL_CHECKS
         copies = [x.clone() for x in tensors]
         arguments = (copies, *tables(device=device), *call)
         torch.library.opcheck(getattr(torch.ops.fastattn, operator).default, arguments, test_utils=checks)
@@ -55,7 +55,7 @@ def test_trains_compiled_whole_with_dynamic_shapes(implementation: str | None, d
     def step(rotate: Callable[[Tensor, int], Tensor], x: Tensor, offset: int) -> Tensor:
         base = x * 2
         y = rotate(base[:, 0], offset)
-        return (y * base[:, 1]).sum() + base.square().cumsum(-1).sum()
+        return (y * base[:, 1]).sum() + base.square().sum()
 
     def ours(x: Tensor, offset: int) -> Tensor:
         return fastattn.rotary_embedding(

@@ -1,0 +1,136 @@
+"""What is tried in the place of a launch config: pure functions of the config and the target.
+
+A config is tuned a part at a time: a config of several kernels by the kernel, a number of programs by itself. Fields
+are known by their names and types alone, so that a new one is tuned as the others are: sizes of blocks are halved and
+doubled, flags turned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from itertools import product
+from math import log2, prod
+from typing import Any
+
+from fastattn.kernels._attention_config import AttentionTiles
+from fastattn.kernels._linear_config import LinearConfig
+from fastattn.kernels._rotary_config import RotaryConfig
+from fastattn.kernels._target import Target
+
+# The part of a config that is one tile with its warps and stages.
+TILE = "tile"
+# Each of these is a part of its own.
+_ALONE = ("group_m", "programs")
+# Sizes that the shape alone gives.
+_GIVEN = {RotaryConfig: ("block_d", "block_rest")}
+# Tiles that are multiplied: no side of a matrix instruction is shorter.
+_MULTIPLIED = (AttentionTiles, LinearConfig)
+_LEAST_SIDE = 16
+# One draw of random numbers serves so many columns.
+_LEAST_COLUMNS = 4
+_MOST_THREADS = 1024
+# A tile may hold so many times more or fewer elements a thread than the one of now.
+_MOST_STEP = 4
+
+
+def parts(config: Any) -> list[str]:
+    """The parts of a config in the order in which they are tuned."""
+    tile = _tile_fields(config)
+    found = [TILE] if any(name not in _ALONE for name in tile) else []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value) or field.name in _ALONE or (isinstance(value, bool) and not tile):
+            found.append(field.name)
+    return found
+
+
+def candidates(config: Any, part: str, target: Target, columns: int | None = None) -> list[Any]:
+    """Configs that differ from this one in a part, the nearest first.
+
+    Args:
+        columns: how wide a tile over rows can be of use.
+    """
+    value = getattr(config, part, None)
+    if is_dataclass(value):
+        return [replace(config, **{part: new}) for new in candidates(value, TILE, target, columns)]
+    if part != TILE:
+        return [replace(config, **{part: new}) for new in _choices(part, value, target) if new != value]
+    names = [name for name in _tile_fields(config) if name not in _ALONE]
+    options = [_choices(name, getattr(config, name), target) for name in names]
+    tried = [replace(config, **dict(zip(names, values, strict=True))) for values in product(*options)]
+    tried = [new for new in tried if new != config and _makes_sense(new, config, target, columns)]
+    return sorted(tried, key=lambda new: _distance(new, config, names))
+
+
+def part_of(config: Any, part: str) -> Any:
+    """The values of a part: a config, a number, or what the tile's fields hold."""
+    return config if part == TILE else getattr(config, part)
+
+
+def label(config: Any, part: str) -> str:
+    """A part's values in few words, as in "block_m=128 num_warps=8"."""
+    value = part_of(config, part)
+    if not is_dataclass(value):
+        return f"{part}={value}"
+    return " ".join(f"{name}={getattr(value, name)}" for name in _tile_fields(value) if name not in _ALONE)
+
+
+def _tile_fields(config: Any) -> list[str]:
+    """Numbers and flags of a config that holds no other configs."""
+    if any(is_dataclass(getattr(config, field.name)) for field in fields(config)):
+        return []
+    given = _GIVEN.get(type(config), ())
+    return [
+        f.name for f in fields(config) if isinstance(getattr(config, f.name), int) and f.name not in given
+    ]
+
+
+def _choices(name: str, value: Any, target: Target) -> list[Any]:
+    if isinstance(value, bool):
+        return [value, not value]
+    if name == "num_warps":  # 4, 8 and 16 of 32 threads
+        return sorted({value, *((2, 4, 8) if target.backend == "hip" else (4, 8, 16))})
+    if name == "num_stages":
+        return sorted({value, 1, 2, 3, 4})
+    if name == "pieces":
+        return sorted({value, 1, 2, 4})
+    if name.startswith("block") or name in _ALONE:
+        return sorted({max(value // 2, min(value, 1)), value, 2 * value})
+    return [value]
+
+
+def _makes_sense(new: Any, old: Any, target: Target, columns: int | None) -> bool:
+    threads = new.num_warps * (64 if target.backend == "hip" else 32)
+    if threads > _MOST_THREADS:
+        return False
+    blocks = {f.name: getattr(new, f.name) for f in fields(new) if f.name.startswith("block")}
+    if isinstance(new, _MULTIPLIED):
+        pieces = getattr(new, "pieces", 1)
+        shortest = min(size for size in (*blocks.values(), blocks["block_n"] // pieces) if size)
+        if shortest < _LEAST_SIDE:
+            return False
+    else:
+        width = blocks.get("block_n", _LEAST_COLUMNS)
+        if width < _LEAST_COLUMNS or (columns is not None and width > max(columns, old.block_n)):
+            return False
+    # In place each pair must have a thread of its own.
+    if isinstance(new, RotaryConfig) and new.block_m * new.block_d < threads:
+        return False
+    step = _elements_a_thread(new) / _elements_a_thread(old)
+    return 1 / _MOST_STEP <= step <= _MOST_STEP
+
+
+def _elements_a_thread(config: Any) -> float:
+    sizes = (getattr(config, f.name) for f in fields(config) if f.name.startswith("block"))
+    return prod(size for size in sizes if size) / config.num_warps
+
+
+def _distance(new: Any, old: Any, names: list[str]) -> float:
+    """Doublings and turned flags that lie between, a stage as much as a doubling."""
+    total = 0.0
+    for name in names:
+        a, b = getattr(new, name), getattr(old, name)
+        if a != b:
+            doubles = a and b and not isinstance(a, bool) and name != "num_stages"
+            total += abs(log2(a / b)) if doubles else abs(a - b)
+    return total

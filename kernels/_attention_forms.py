@@ -1,0 +1,152 @@
+"""How attention's loops get their rows: by pointers, by tensor descriptors, or by descriptors with specialized warps.
+
+"pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
+tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
+compiler give the loads to a warp of their own and each half of the tile to a warp group of its own.
+
+Nothing of this has been measured on a GPU: "pointers" is what a call gets, the others what `config=` of the launchers,
+the benchmarks' providers and the tests ask for. Imports no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._target import Target
+
+FORMS = ("pointers", "descriptors", "specialized")
+SHIPPED_FORM = "pointers"
+
+# For sm_90 and 16 bits, by form and padded head dimension. All compiled (tests/kernels/test_attention_forms_code.py: no
+# spills, HGMMA, bulk loads, shared memory within the limit), none measured.
+# "descriptors" have the fewest instructions a score that do not spill, but for the forward at 64: there 64 keys a tile
+# leave room for two programs a multiprocessor. dq has no specialized form: the compiler cannot divide lse and delta.
+_FORMS: dict[tuple[str, int], AttentionConfig] = {
+    ("descriptors", 64): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2, "descriptors"),
+        AttentionTiles(128, 64, 8, 2, "descriptors"),
+        AttentionTiles(64, 128, 8, 2, "descriptors"),
+    ),
+    ("descriptors", 128): AttentionConfig(
+        AttentionTiles(128, 128, 8, 2, "descriptors"),
+        AttentionTiles(128, 64, 8, 2, "descriptors"),
+        AttentionTiles(32, 128, 8, 2, "descriptors", one_loop=True),
+    ),
+    ("descriptors", 256): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2, "descriptors"),
+        AttentionTiles(128, 32, 8, 2, "descriptors", one_loop=True),
+        AttentionTiles(32, 128, 8, 2, "descriptors", one_loop=True),
+        separate_dk_dv=True,
+    ),
+}
+_FORMS["specialized", 64] = replace(
+    _FORMS["descriptors", 64],
+    forward=AttentionTiles(128, 128, 4, 2, "specialized"),
+    dk_dv=AttentionTiles(64, 128, 4, 2, "specialized"),
+)
+_FORMS["specialized", 128] = replace(
+    _FORMS["descriptors", 128],
+    forward=AttentionTiles(128, 128, 4, 2, "specialized"),
+    dk_dv=AttentionTiles(32, 128, 4, 2, "specialized"),
+)
+_FORMS["specialized", 256] = replace(
+    _FORMS["descriptors", 256], forward=AttentionTiles(128, 64, 4, 2, "specialized")
+)
+
+
+def select_attention_form(
+    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", form: str = SHIPPED_FORM
+) -> AttentionConfig:
+    """The config of a form, or that of "pointers" where `form_reason` says why there is none."""
+    if form == "pointers" or form_reason(head_dim, dtype, target, load, form) is not None:
+        return select_attention_config(head_dim, dtype, target, load)
+    return _FORMS[form, _width(head_dim)]
+
+
+def form_reason(head_dim: int, dtype: torch.dtype, target: Target, load: str, form: str) -> str | None:
+    """Why a form has no tiles for a kind of call, or None.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}")
+    if form == "pointers":
+        return None
+    if (target.backend, target.arch) != ("cuda", 90):
+        name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch or target.backend
+        return f"{form} has tiles for sm_90 alone, not for {name}"
+    if dtype == torch.float32:
+        return f"{form} has tiles for 16-bit inputs alone, not for torch.float32"
+    if (form, _width(head_dim)) not in _FORMS:
+        widest = max(width for name, width in _FORMS if name == form)
+        return f"head_dim={head_dim} must be at most {widest} for {form}"
+    if load != "plain":
+        return (
+            f"{form} has tiles for scores that nothing but a causal mask modifies, not for a load of {load!r}"
+        )
+    return None
+
+
+def layout_reason(tensors: Sequence[Tensor], asked: AttentionOptions) -> str | None:
+    """Why descriptors cannot read the rows of these tensors (batch, heads, seq, width), or None.
+
+    A descriptor's bounds are the tensor's own: rows beyond a sequence's end or among its hidden keys would be loaded,
+    and a NaN there times a weight of 0 is NaN.
+    """
+    if asked.cu_seqlens_q is not None:
+        return "packed sequences end within the tensor, descriptors at its end"
+    if asked.key_lengths is not None:
+        return "key_lengths hides keys within the tensor, descriptors end at its end"
+    for tensor in tensors:
+        stride_b, stride_h, stride_m, _ = tensor.stride()
+        if stride_b > 0 and stride_h > 0 and stride_m > 0:
+            bytes_apart = (stride_b | stride_h | stride_m) * tensor.itemsize
+            if (tensor.data_ptr() | bytes_apart) % _ALIGNMENT == 0:
+                continue  # as almost always; the rest finds the reason
+        if tensor.data_ptr() % _ALIGNMENT:
+            return (
+                f"an address of {tensor.data_ptr() % _ALIGNMENT} modulo {_ALIGNMENT} must be a multiple of it"
+            )
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+            if size > 1 and (stride <= 0 or stride * tensor.itemsize % _ALIGNMENT):
+                return f"a stride of {stride * tensor.itemsize} bytes must be a positive multiple of {_ALIGNMENT}"
+    return None
+
+
+# Bytes: of the base and of every stride of a descriptor (CUDA driver API, cuTensorMapEncodeTiled).
+_ALIGNMENT = 16
+
+
+def fitting_config(
+    config: AttentionConfig | None,
+    tensors: Sequence[Tensor],
+    head_dim: int,
+    target: Target,
+    load: str,
+    asked: AttentionOptions,
+) -> AttentionConfig:
+    """The config of a launch that reads these tensors: the given one or the shipped form's, if it can read them.
+
+    Else that of "pointers", whatever was given: tiles for descriptors need not fit without.
+    """
+    dtype = tensors[0].dtype
+    if config is None:
+        config = select_attention_form(head_dim, dtype, target, load)
+    forms = {config.forward.form, config.dq.form, config.dk_dv.form}
+    if forms == {"pointers"}:
+        return config
+    # With specialized warps, a loop that loads more than its rows is not known to compile.
+    if layout_reason(tensors, asked) is None and ("specialized" not in forms or load == "plain"):
+        return config
+    return select_attention_config(head_dim, dtype, target, load)
+
+
+def _width(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512
