@@ -249,6 +249,34 @@ def remarks(rows: Iterable[Row]) -> list[str]:
     return list(found)
 
 
+def launch_table(rows: Iterable[Row]) -> Table:
+    title = "without a GPU: host cost of an eager call above its launches, and Triton's own, us"
+    table = Table(title=title, title_justify="left")
+    headers = (
+        "fastattn function",
+        "direction",
+        "ours, least",
+        "quartiles",
+        "Triton's",
+        "an allocation",
+        "bound",
+    )
+    for header in headers:
+        table.add_column(header, justify="left" if header in headers[:2] else "right")
+    for row in rows:
+        bound = row["bound_us"]
+        table.add_row(
+            row["case"],
+            row["direction"],
+            f"{row['least_us']:.1f}" + (" over" if row["least_us"] > (bound or math.inf) else ""),
+            f"{row['low_us']:.1f}-{row['high_us']:.1f}",
+            f"{row['triton_us']:.1f}",
+            f"{row['empty_us']:.2f}",
+            "" if bound is None else f"{bound:g}",
+        )
+    return table
+
+
 def absences(rows: Iterable[Row]) -> list[str]:
     """One line for each provider and reason that kept it from running, with how many cases it concerns."""
     counts: dict[tuple[str, str, str, str], int] = {}
@@ -268,6 +296,8 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         chosen = [row for row in rows if row["operation"] == operation]
         if operation == "host":
             console.print(host_table(row for row in chosen if row["status"] == "ok"))
+        elif operation == "launch":
+            console.print(launch_table(row for row in chosen if row["status"] == "ok"))
         elif operation == "import":
             for row in chosen:
                 if row["status"] != "ok":

@@ -13,6 +13,7 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.demo_options import IMPLEMENTATIONS
 from benchmarks.environment import clocks, environment, row_environment
 from benchmarks.host import measure_host, measure_import
+from benchmarks.launch_cost import launch_rows
 from benchmarks.measure import Row, first_line, measure_case, record_failure
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import RowWriter, print_rows, write_csv, write_json
@@ -85,6 +86,7 @@ class Run:
     def _host(self) -> Iterator[Row]:
         for device in dict.fromkeys(("cpu", self.options.device.type)):
             yield from measure_host(device, self.options.rounds)
+        yield from launch_rows(rounds=self.options.rounds)
         yield measure_import()
 
     def _case(self, suite: str, label: str, measured: Iterator[Row]) -> None:

@@ -98,7 +98,8 @@ class Sequences(NamedTuple):
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+    stride_b, stride_h, stride_m, _ = tensor.stride()
+    return Rows(tensor, stride_b, stride_h, stride_m)
 
 
 def read_rows(tensor: Tensor, tiles: AttentionTiles, rows: int, width: int) -> Rows | TensorDescriptor:
@@ -114,10 +115,6 @@ def read_rows(tensor: Tensor, tiles: AttentionTiles, rows: int, width: int) -> R
         stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
     ]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
-
-
-def matrix_of(tensor: Tensor) -> Matrix:
-    return Matrix(tensor, tensor.stride(0))
 
 
 def plane_of(tensor: Tensor) -> Plane:

@@ -13,6 +13,7 @@ import torch
 
 from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
+from fastattn.kernels._plan import forget_plans
 from fastattn.kernels._target import Target
 
 # Of axes 1 and 2 of a grid; axis 0 ends at 2^31 - 1.
@@ -49,6 +50,7 @@ class _Overrides:
         self.refresh()
 
     def refresh(self) -> None:
+        forget_plans()
         self.active.clear()
         if self.measured or self.forced is not None or _listening:
             self.active["active"] = True
@@ -184,6 +186,11 @@ def loads_are_wide(alignment: int, dtype: torch.dtype) -> bool:
     return alignment * dtype.itemsize >= 8
 
 
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover a size. `triton.cdiv` costs a launch microseconds, more than an allocation."""
+    return -(-size // block)
+
+
 def power_of_2(size: int) -> int:
     """The least power of 2 that is not below size."""
     return 1 << (size - 1).bit_length()
@@ -202,6 +209,6 @@ def walk_grid(rows: int, width: int, block_m: int, block_n: int, programs: int) 
     registers of the kernels were seen to depend on that: with the tiles there, the norms' backward took 145 instead of
     128 in 768 columns, or 1 program instead of 2.
     """
-    tiles = -(-width // block_n)
-    of_axis_2 = -(-tiles // MOST_OF_AXIS)
-    return min(-(-programs // tiles), -(-rows // block_m)), -(-tiles // of_axis_2), of_axis_2
+    tiles = ceil_div(width, block_n)
+    of_axis_2 = ceil_div(tiles, MOST_OF_AXIS)
+    return min(ceil_div(programs, tiles), ceil_div(rows, block_m)), ceil_div(tiles, of_axis_2), of_axis_2

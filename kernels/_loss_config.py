@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
+from fastattn.kernels._plan import planned
 from fastattn.kernels._target import Target
 
 
@@ -75,6 +77,39 @@ def _config(classes: int, per_thread: int, most_warps: int, target: Target) -> C
     # At most 64 rows of few classes: each takes registers for its statistics.
     block_m = min(max(32 * warps * per_thread // block_n, 1), 64)
     return CrossEntropyConfig(block_m, block_n, warps_of(warps, target))
+
+
+@planned
+def rows_plan(
+    shape: Sequence[int],
+    strides: Sequence[int],
+    config_of: Callable[[int, int, torch.dtype, Target], CrossEntropyConfig],
+    dtype: torch.dtype,
+    config: CrossEntropyConfig | None,
+    target: Target,
+) -> tuple[RowStrides, CrossEntropyConfig, dict[str, Any]]:
+    """What a launch on logits (..., classes) takes beside its tensors: strides, config, arguments of both kernels.
+
+    Raises:
+        ValueError: the strides are not those of rows.
+    """
+    rows = row_strides(shape, strides)
+    if rows is None:
+        raise ValueError(f"logits of shape {tuple(shape)} have strides {strides}, not those of rows")
+    alignment = math.gcd(shape[-1], rows.outer_stride, rows.inner_stride, 16)
+    config = config or config_of(shape[-1], alignment, dtype, target)
+    constants = {
+        "stride_outer": rows.outer_stride,
+        "stride_inner": rows.inner_stride,
+        "INNER": rows.inner,
+        "ROWS": math.prod(shape[:-1]),
+        "CLASSES": shape[-1],
+        "ALIGNMENT": alignment,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    return rows, config, constants
 
 
 def row_strides(shape: Sequence[int], strides: Sequence[int]) -> RowStrides | None:

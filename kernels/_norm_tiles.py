@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -125,9 +124,3 @@ def _x_hat(kept, mean, rstd, inverse, shift, CENTERED: tl.constexpr, FROM_OUTPUT
         return (kept - mean) * rstd
     else:
         return kept * rstd
-
-
-def as_rows(tensor: Tensor, rows: int, width: int) -> Tensor:
-    """The tensor as a (rows, width) matrix with unit column stride: a view where it can be one, or a copy."""
-    matrix = tensor.reshape(rows, width)
-    return matrix if width == 1 or matrix.stride(1) == 1 else matrix.contiguous()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._config import warps_of
+from fastattn.kernels._config import ceil_div, warps_of
 from fastattn.kernels._norm_tiles import _load_tile
 from fastattn.kernels._target import Target
 
@@ -49,7 +49,7 @@ def add_up_partials(
 ) -> None:
     """Fills one or two tensors (width,) with the sums over `partials` (1 or 2, count, width), block_m at a time."""
     _, count, width = partials.shape
-    _sum_partials_kernel[(triton.cdiv(width, block_n), len(sums))](
+    _sum_partials_kernel[(ceil_div(width, block_n), len(sums))](
         partials_ptr=partials,
         first_ptr=sums[0],
         second_ptr=sums[-1],

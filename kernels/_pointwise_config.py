@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
+from fastattn.kernels._config import ceil_div, loads_are_wide, power_of_2, tunable, walk_grid, warps_of
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 # What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
@@ -69,6 +72,27 @@ def select_tile_config(width: int, target: Target) -> TileConfig:
     return TileConfig(1024 // block_n, block_n, warps_of(4, target))
 
 
+@planned
+def tile_plan(
+    shape: Sequence[int], strides: tuple[Sequence[int] | None, ...], config: TileConfig | None, target: Target
+) -> RowsPlan:
+    """The launch of a kernel whose programs each take a tile of tensors (..., width) of one shape."""
+    width = shape[-1]
+    rows = math.prod(shape[:-1])
+    in_place, distances = rows_read(shape, strides, 1)
+    config = config or select_tile_config(width, target)
+    constants = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "ALIGNMENT": math.gcd(width, *distances, 16),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    programs = ceil_div(rows, config.block_m) * ceil_div(width, config.block_n)
+    return RowsPlan(in_place, distances, (programs,), constants)
+
+
 @tunable(
     lambda width, alignment, dtype, target: (
         min(power_of_2(width), _MOST_COLUMNS),
@@ -95,3 +119,31 @@ def select_walk_config(width: int, alignment: int, dtype: torch.dtype, target: T
     return WalkConfig(
         elements // block_n, block_n, warps_of(4, target), num_stages, programs=8 * target.multiprocessors
     )
+
+
+@planned
+def walk_plan(
+    shape: Sequence[int],
+    strides: tuple[Sequence[int] | None, ...],
+    dtype: torch.dtype,
+    config: WalkConfig | None,
+    target: Target,
+) -> RowsPlan:
+    """The launch of a kernel whose programs walk the rows of tensors (..., width) of one shape."""
+    width = shape[-1]
+    rows = math.prod(shape[:-1])
+    in_place, distances = rows_read(shape, strides, 1)
+    alignment = math.gcd(width, *distances, 16)
+    config = config or select_walk_config(width, alignment, dtype, target)
+    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
+    constants = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "ALIGNMENT": alignment,
+        "TILES_ON_TWO_AXES": grid[2] > 1,
+        "NUM_STAGES": config.num_stages,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    return RowsPlan(in_place, distances, grid, constants)

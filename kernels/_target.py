@@ -73,11 +73,14 @@ def _cuda_target(index: int) -> Target:
     )
 
 
+_NOTHING_TO_DO = nullcontext()
+
+
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, since Triton launches on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _NOTHING_TO_DO
 
 
 def launcher(kernel: Any, grid: tuple[int, ...], like: Tensor, scratch: bool) -> Callable[..., object]:

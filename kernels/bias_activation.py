@@ -6,8 +6,6 @@ programs' sums in their order.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -15,14 +13,14 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
-from fastattn.kernels._config import walk_grid
-from fastattn.kernels._norm_tiles import _column_tile, _load_tile, _multiple_of, _store_tile, as_rows
+from fastattn.kernels._layout import empty_contiguous
+from fastattn.kernels._norm_tiles import _column_tile, _load_tile, _multiple_of, _store_tile
 from fastattn.kernels._partials import sum_partials
 from fastattn.kernels._pointwise_config import (
     TileConfig,
     WalkConfig,
-    select_tile_config,
-    select_walk_config,
+    tile_plan,
+    walk_plan,
 )
 
 
@@ -128,29 +126,18 @@ def bias_activation_forward(
         activation: a name of `fastattn.kernels._activation`.
         config: replaces the selected launch config.
     """
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_contiguous(x)
     if x.numel() == 0:
         return y
-    width = x.size(-1)
-    rows = x.numel() // width
-    x = as_rows(x, rows, width)
-    if config is None:
-        config = select_tile_config(width, _target.target_of(x.device))
+    plan = tile_plan(x.shape, (x.stride(),), config, _target.target_of(x.device))
     with _target.launching_on(x):
-        _bias_activation_forward_kernel[
-            (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
-        ](
-            x_ptr=x,
+        _bias_activation_forward_kernel[plan.grid](
+            x_ptr=plan.read(0, x),
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,
-            stride_xm=x.stride(0),
-            ROWS=rows,
-            WIDTH=width,
+            stride_xm=plan.distances[0],
             ACTIVATION=activation,
-            ALIGNMENT=math.gcd(width, x.stride(0), 16),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
     return y
 
@@ -179,42 +166,27 @@ def bias_activation_backward(
     Returns:
         dx in x's dtype, contiguous, dbias and y; an empty tensor for each that is not asked for.
     """
-    width = x.size(-1)
-    dx, y = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for need in (need_dx, need_y)
-    )
+    dx = empty_contiguous(x) if need_dx else x.new_empty(0)
+    y = empty_contiguous(x) if need_y else x.new_empty(0)
     if x.numel() == 0 or not (need_dx or need_y or dbias_dtype is not None):
-        return dx, x.new_zeros(0 if dbias_dtype is None else width, dtype=dbias_dtype), y
-    rows = x.numel() // width
-    x, dy = as_rows(x, rows, width), as_rows(dy, rows, width)
-    alignment = math.gcd(width, dy.stride(0), x.stride(0), 16)
+        return dx, x.new_zeros(0 if dbias_dtype is None else x.size(-1), dtype=dbias_dtype), y
     target = _target.target_of(x.device)
-    if config is None:
-        config = select_walk_config(width, alignment, x.dtype, target)
-    grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
+    plan = walk_plan(x.shape, (dy.stride(), x.stride()), x.dtype, config, target)
     partials = None
     if dbias_dtype is not None:
-        partials = x.new_empty((grid[0], width), dtype=torch.float32)
+        partials = x.new_empty((plan.grid[0], x.size(-1)), dtype=torch.float32)
     with _target.launching_on(x):
-        _bias_activation_backward_kernel[grid](
-            dy_ptr=dy,
-            x_ptr=x,
+        _bias_activation_backward_kernel[plan.grid](
+            dy_ptr=plan.read(0, dy),
+            x_ptr=plan.read(1, x),
             bias_ptr=None if bias is None else bias.contiguous(),
             dx_ptr=dx if need_dx else None,
             y_ptr=y if need_y else None,
             partials_ptr=partials,
-            stride_dym=dy.stride(0),
-            stride_xm=x.stride(0),
-            ROWS=rows,
-            WIDTH=width,
+            stride_dym=plan.distances[0],
+            stride_xm=plan.distances[1],
             ACTIVATION=activation,
-            TILES_ON_TWO_AXES=grid[2] > 1,
-            NUM_STAGES=config.num_stages,
-            ALIGNMENT=alignment,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
         if partials is None or dbias_dtype is None:
             return dx, x.new_empty(0), y

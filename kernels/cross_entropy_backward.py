@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._loss_config import CrossEntropyConfig, select_cross_entropy_backward_config
+from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import empty_contiguous
+from fastattn.kernels._loss_config import CrossEntropyConfig, rows_plan, select_cross_entropy_backward_config
 from fastattn.kernels._norm_tiles import _multiple_of
 from fastattn.kernels.cross_entropy_forward import (
     _coefficients,
     _row_offsets,
     _write_gradient,
-    strides_of,
 )
 
 
@@ -110,7 +110,7 @@ def cross_entropy_backward(
         dlse: the gradient of the log-sum-exp, of logits' leading dimensions; None for 0.
         config: replaces the selected launch config.
     """
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = empty_contiguous(logits)
     _launch_backward(
         dloss, dlse, logits, target, statistics, kept, dlogits,
         ignore_index, reduction, label_smoothing, z_loss, softcap, config,
@@ -155,18 +155,18 @@ def _launch_backward(
 ) -> None:
     if logits.numel() == 0:
         return
-    rows, classes = target.numel(), logits.size(-1)
-    strides, alignment = strides_of(logits)
+    chosen_for = _target.target_of(logits.device)
+    strides, chosen, constants = rows_plan(
+        logits.shape, logits.stride(), select_cross_entropy_backward_config, logits.dtype, config, chosen_for
+    )
+    rows, classes = constants["ROWS"], constants["CLASSES"]
     outer, inner = strides.outer_stride, strides.inner_stride
     if dlogits is not logits:
         inner = classes
         outer = 0 if strides.inner is None else classes * strides.inner
-    if config is None:
-        target_device = _target.target_of(logits.device)
-        config = select_cross_entropy_backward_config(classes, alignment, logits.dtype, target_device)
     if dloss is None:
         dloss = statistics.new_zeros(target.shape if reduction == "none" else ())
-    grid = (triton.cdiv(rows, config.block_m), triton.cdiv(classes, config.block_n))
+    grid = (ceil_div(rows, chosen.block_m), ceil_div(classes, chosen.block_n))
     with _target.launching_on(logits):
         _cross_entropy_backward_kernel[grid](
             dloss_ptr=dloss.contiguous(),
@@ -176,20 +176,12 @@ def _launch_backward(
             statistics_ptr=statistics.contiguous(),
             kept_ptr=kept if reduction == "mean" else None,
             dlogits_ptr=dlogits,
-            stride_outer=strides.outer_stride,
-            stride_inner=strides.inner_stride,
             stride_dlogits_outer=outer,
             stride_dlogits_inner=inner,
-            INNER=strides.inner,
-            ROWS=rows,
-            CLASSES=classes,
             ignore_index=ignore_index,
             smoothing=label_smoothing or None,
             z_loss=z_loss or None,
             softcap=softcap,
             PER_ROW=reduction == "none",
-            ALIGNMENT=alignment,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **constants,
         )

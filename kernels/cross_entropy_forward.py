@@ -6,18 +6,17 @@ would lose the digits of the second where logits are large.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
+from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._loss_config import (
     CrossEntropyConfig,
-    RowStrides,
-    row_strides,
+    rows_plan,
     select_cross_entropy_forward_config,
 )
 from fastattn.kernels._math import _exact_tanh
@@ -253,16 +252,16 @@ def cross_entropy_forward(
         exponentials relative to it; and the number of rows that are kept, in float32 (with reduction "none", which
         needs none, an empty tensor).
     """
-    shape = logits.shape[:-1]
-    losses = logits.new_empty(shape, dtype=loss_dtype if reduction == "none" else torch.float32)
-    statistics = logits.new_empty((2, *shape), dtype=torch.float32)
+    losses = empty_contiguous(target, loss_dtype if reduction == "none" else torch.float32)
+    statistics = logits.new_empty((2, *target.shape), dtype=torch.float32)
     _launch_forward(
         logits, target, None, losses, statistics, ignore_index, label_smoothing, z_loss, softcap,
         all_rows=all_rows, writes_gradient=False, config=config,
     )  # fmt: skip
     if reduction == "none":
         return losses, statistics, statistics.new_empty(0)
-    loss, kept = logits.new_empty((), dtype=loss_dtype), statistics.new_empty(())
+    loss = logits.new_empty((), dtype=loss_dtype)
+    kept = torch.empty_like(loss, dtype=torch.float32)
     with _target.launching_on(logits):
         _reduce_losses_kernel[(1,)](
             losses_ptr=losses,
@@ -317,44 +316,30 @@ def _launch_forward(
     writes_gradient: bool,
     config: CrossEntropyConfig | None,
 ) -> None:
-    rows, classes = losses.numel(), logits.size(-1)
-    if rows == 0:
+    if losses.numel() == 0:
         return
-    strides, alignment = strides_of(logits)
-    if config is None:
-        target_device = _target.target_of(logits.device)
-        config = select_cross_entropy_forward_config(classes, alignment, logits.dtype, target_device)
+    target_device = _target.target_of(logits.device)
+    _, chosen, constants = rows_plan(
+        logits.shape,
+        logits.stride(),
+        select_cross_entropy_forward_config,
+        logits.dtype,
+        config,
+        target_device,
+    )
     with _target.launching_on(logits):
-        _cross_entropy_forward_kernel[(triton.cdiv(rows, config.block_m),)](
+        _cross_entropy_forward_kernel[(ceil_div(losses.numel(), chosen.block_m),)](
             logits_ptr=logits,
             # The kernel reads them side by side; a column of a batch of tokens is not.
             target_ptr=target.contiguous(),
             scale_ptr=None if scale is None else scale.contiguous(),
             loss_ptr=losses,
             statistics_ptr=statistics,
-            stride_outer=strides.outer_stride,
-            stride_inner=strides.inner_stride,
-            INNER=strides.inner,
-            ROWS=rows,
-            CLASSES=classes,
             ignore_index=ignore_index,
             smoothing=label_smoothing or None,
             z_loss=z_loss or None,
             softcap=softcap,
             ALL_ROWS=all_rows,
             WRITES_GRADIENT=writes_gradient,
-            ALIGNMENT=alignment,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **constants,
         )
-
-
-def strides_of(logits: Tensor) -> tuple[RowStrides, int]:
-    """The strides of the rows, and what divides them and the number of classes, at most 16."""
-    strides = row_strides(logits.shape, logits.stride())
-    if strides is None:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} have strides {logits.stride()}, not those of rows"
-        )
-    return strides, math.gcd(logits.size(-1), strides.outer_stride, strides.inner_stride, 16)

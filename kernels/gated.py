@@ -5,18 +5,15 @@ Value and gate may be the halves of one tensor; the backward then writes the gra
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
-from fastattn.kernels._layout import halves
-from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile, as_rows
-from fastattn.kernels._pointwise_config import TileConfig, select_tile_config
+from fastattn.kernels._layout import empty_contiguous, halves
+from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile
+from fastattn.kernels._pointwise_config import TileConfig, tile_plan
 from fastattn.kernels.bias_activation import _tile_of
 
 
@@ -94,27 +91,19 @@ def gated_forward(
         activation: a name of `fastattn.kernels._activation`.
         config: replaces the selected launch config.
     """
-    y = torch.empty_like(value, memory_format=torch.contiguous_format)
+    y = empty_contiguous(value)
     if y.numel() == 0:
         return y
-    value, gate = _as_rows_of_width(value), _as_rows_of_width(gate)
-    rows, width = value.shape
-    if config is None:
-        config = select_tile_config(width, _target.target_of(value.device))
+    plan = tile_plan(value.shape, (value.stride(), gate.stride()), config, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_forward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
-            value_ptr=value,
-            gate_ptr=gate,
+        _gated_forward_kernel[plan.grid](
+            value_ptr=plan.read(0, value),
+            gate_ptr=plan.read(1, gate),
             y_ptr=y,
-            stride_vm=value.stride(0),
-            stride_gm=gate.stride(0),
-            ROWS=rows,
-            WIDTH=width,
+            stride_vm=plan.distances[0],
+            stride_gm=plan.distances[1],
             ACTIVATION=activation,
-            ALIGNMENT=math.gcd(width, value.stride(0), gate.stride(0), 16),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
     return y
 
@@ -123,10 +112,8 @@ def gated_backward(
     dy: Tensor, value: Tensor, gate: Tensor, activation: str, need_dvalue: bool, need_dgate: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `gated_forward`'s y, contiguous; an empty tensor for one that is not asked for."""
-    dvalue, dgate = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
-        for t, need in ((value, need_dvalue), (gate, need_dgate))
-    )
+    dvalue = empty_contiguous(value) if need_dvalue else value.new_empty(0)
+    dgate = empty_contiguous(gate) if need_dgate else gate.new_empty(0)
     _launch_backward(
         dy, value, gate, dvalue if need_dvalue else None, dgate if need_dgate else None, activation
     )
@@ -135,7 +122,7 @@ def gated_backward(
 
 def gated_packed_backward(dy: Tensor, x: Tensor, activation: str, gate_first: bool) -> Tensor:
     """The gradient of x (..., 2 * width), whose halves are value and gate, contiguous, in one pass."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = empty_contiguous(x)
     value, gate = halves(x, gate_first)
     _launch_backward(dy, value, gate, *halves(dx, gate_first), activation)
     return dx
@@ -147,35 +134,20 @@ def _launch_backward(
     """Fills dvalue and dgate, where given: views of contiguous tensors."""
     if dy.numel() == 0 or (dvalue is None and dgate is None):
         return
-    dy, value, gate = _as_rows_of_width(dy), _as_rows_of_width(value), _as_rows_of_width(gate)
-    rows, width = value.shape
-    # A gradient that is not asked for has no rows; any stride will do.
-    written = [dy if t is None else t.view(rows, width) for t in (dvalue, dgate)]
-    strides = [t.stride(0) for t in (dy, value, gate, *written)]
-    config = select_tile_config(width, _target.target_of(value.device))
+    strides = [None if t is None else t.stride() for t in (dy, value, gate, dvalue, dgate)]
+    plan = tile_plan(dy.shape, tuple(strides), None, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_backward_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
-            dy_ptr=dy,
-            value_ptr=value,
-            gate_ptr=gate,
-            dvalue_ptr=None if dvalue is None else written[0],
-            dgate_ptr=None if dgate is None else written[1],
-            stride_dym=strides[0],
-            stride_vm=strides[1],
-            stride_gm=strides[2],
-            stride_dvm=strides[3],
-            stride_dgm=strides[4],
-            ROWS=rows,
-            WIDTH=width,
+        _gated_backward_kernel[plan.grid](
+            dy_ptr=plan.read(0, dy),
+            value_ptr=plan.read(1, value),
+            gate_ptr=plan.read(2, gate),
+            dvalue_ptr=dvalue,
+            dgate_ptr=dgate,
+            stride_dym=plan.distances[0],
+            stride_vm=plan.distances[1],
+            stride_gm=plan.distances[2],
+            stride_dvm=plan.distances[3],
+            stride_dgm=plan.distances[4],
             ACTIVATION=activation,
-            ALIGNMENT=math.gcd(width, *strides, 16),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
-
-
-def _as_rows_of_width(tensor: Tensor) -> Tensor:
-    """A (rows, width) matrix with unit column stride: a view where it can be one, or a copy."""
-    width = tensor.size(-1)
-    return as_rows(tensor, tensor.numel() // width, width)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._pointwise_config import GELU_FORMS, select_gelu_config
 
 
@@ -42,7 +43,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = _in_layout_of(y, x)
     config = select_gelu_config(_target.target_of(x.device))
     with _target.launching_on(x):
-        _gelu_forward_kernel[(triton.cdiv(x.numel(), config.block),)](
+        _gelu_forward_kernel[(ceil_div(x.numel(), config.block),)](
             x_ptr=x,
             y_ptr=y,
             SIZE=x.numel(),
@@ -61,7 +62,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     x, dy = _in_layout_of(dx, x), _in_layout_of(dx, dy)
     config = select_gelu_config(_target.target_of(x.device))
     with _target.launching_on(x):
-        _gelu_backward_kernel[(triton.cdiv(x.numel(), config.block),)](
+        _gelu_backward_kernel[(ceil_div(x.numel(), config.block),)](
             dy_ptr=dy,
             x_ptr=x,
             dx_ptr=dx,

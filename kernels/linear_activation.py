@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._linear_config import LinearConfig, select_linear_config
 from fastattn.kernels._partials import sum_partials
 
@@ -256,7 +257,7 @@ def linear_activation_backward(
         config = select_linear_config(pre.dtype, target)
     partials = None
     if dbias_dtype is not None:
-        row_tiles = triton.cdiv(pre.size(0), config.block_m)
+        row_tiles = ceil_div(pre.size(0), config.block_m)
         partials = pre.new_empty((row_tiles, hidden), dtype=torch.float32)
     given = {"pre_ptr": pre.contiguous(), "act_ptr": act if need_act else None, "dpre_ptr": dpre}
     _launch(dy, weight, activation, config, bias_ptr=None, partials=partials, **given)
@@ -283,9 +284,7 @@ def _launch(
     if config is None:
         config = select_linear_config(a.dtype, _target.target_of(a.device))
     with _target.launching_on(a):
-        _linear_activation_kernel[
-            (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
-        ](
+        _linear_activation_kernel[(ceil_div(rows, config.block_m) * ceil_div(columns, config.block_n),)](
             a_ptr=a,
             b_ptr=b,
             **epilogue,

@@ -8,7 +8,7 @@ walked in column tiles, after a kernel that makes the two means of each row.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import dropout_of, matrix_of
-from fastattn.kernels._config import walk_grid
+from fastattn.kernels._arguments import Matrix, dropout_of
+from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._dropout import _dropped_rows
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
     _column_tile,
@@ -31,9 +32,10 @@ from fastattn.kernels._norm_tiles import (
     _rows_of,
     _store_tile,
     _x_hat,
-    as_rows,
 )
 from fastattn.kernels._partials import add_up_partials
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
+from fastattn.kernels._target import Target
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -217,100 +219,118 @@ def norm_backward(
         The gradient of h, which is that of the residual and of an x without dropout and rowscale; that of x; both
         contiguous; dweight and dbias. An empty tensor stands for each gradient not asked for.
     """
-    dtypes = (dsum_dtype, dx_dtype, dweight_dtype, dbias_dtype)
-    dsum, dx, dweight, dbias = gradients = _empty_gradients(kept, dims, dtypes)
+    shape = kept.shape[kept.dim() - dims :]
+    dsum, dx = (
+        kept.new_empty(0) if dtype is None else empty_contiguous(kept, dtype)
+        for dtype in (dsum_dtype, dx_dtype)
+    )
+    dweight, dbias = (
+        kept.new_empty(0 if dtype is None else shape, dtype=dtype) for dtype in (dweight_dtype, dbias_dtype)
+    )
     if kept.numel() == 0:
         return dsum, dx, dweight.zero_(), dbias.zero_()
-    if not any(gradient.numel() for gradient in gradients):
-        return gradients
-    rows, width = rstd.numel(), math.prod(kept.shape[kept.dim() - dims :])
-    loaded = [as_rows(t, rows, width) for t in (dy, kept, dresidual_out) if t is not None]
-    alignment = math.gcd(width, *(t.stride(0) for t in loaded), 16)
-    if config is None:
-        heavy, target = from_output or dropout_seed is not None, _target.target_of(kept.device)
-        config = select_norm_backward_config(width, alignment, [t.dtype for t in loaded], heavy, target)
-    shared: dict[str, Any] = {
-        "dy": matrix_of(loaded[0]),
-        "kept": matrix_of(loaded[1]),
+    plan = _plan(
+        kept.shape,
+        (dy.stride(), kept.stride(), None if dresidual_out is None else dresidual_out.stride()),
+        (dy.dtype, kept.dtype) if dresidual_out is None else (dy.dtype, kept.dtype, dresidual_out.dtype),
+        dims,
+        from_output or dropout_seed is not None,
+        config,
+        _target.target_of(kept.device),
+    )
+    walk = plan.walk
+    loaded = {
+        "dy": Matrix(walk.read(0, dy), walk.distances[0]),
+        "kept": Matrix(walk.read(1, kept), walk.distances[1]),
         "weight_ptr": None if weight is None else weight.contiguous(),
         "bias_ptr": bias.contiguous() if bias is not None and from_output else None,
         "mean_ptr": mean.contiguous() if mean is not None and centered and not from_output else None,
         "rstd_ptr": rstd.contiguous(),
-        "ROWS": rows,
-        "WIDTH": width,
         "CENTERED": centered,
         "ZERO_CENTERED": zero_centered,
         "FROM_OUTPUT": from_output,
-        "ALIGNMENT": alignment,
     }
-    branch = {
-        "dresidual_out": None if dresidual_out is None else matrix_of(loaded[2]),
-        "rowscale_ptr": None if rowscale is None else rowscale.contiguous(),
-        "dropout": dropout_of(dropout_seed, dropout_p),
-    }
+    parameters = [t for t, dtype in ((dweight, dweight_dtype), (dbias, dbias_dtype)) if dtype is not None]
+    needs_dsum = dsum_dtype is not None or dx_dtype is not None
+    if not parameters and not needs_dsum:
+        return dsum, dx, dweight, dbias
+    partials = rstd.new_empty((len(parameters), *plan.partials)) if parameters else None
     with _target.launching_on(kept):
-        _launch(gradients, rstd, config, shared, branch)
-    return gradients
-
-
-def _empty_gradients(
-    kept: Tensor, dims: int, dtypes: tuple[torch.dtype | None, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for dsum, dx, dweight and dbias; an empty tensor for a dtype of None."""
-    shapes = (kept.shape, kept.shape, *(kept.shape[kept.dim() - dims :],) * 2)
-    dsum, dx, dweight, dbias = (
-        kept.new_empty(0 if dtype is None else shape, dtype=dtype)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+        _norm_backward_kernel[walk.grid](
+            dresidual_out=None
+            if dresidual_out is None
+            else Matrix(walk.read(2, dresidual_out), walk.distances[2]),
+            rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
+            dropout=dropout_of(dropout_seed, dropout_p),
+            row_means_ptr=_row_means(rstd, loaded, plan) if needs_dsum else None,
+            dsum_ptr=None if dsum_dtype is None else dsum,
+            dx_ptr=None if dx_dtype is None else dx,
+            partials_ptr=partials,
+            NEEDS_DWEIGHT=dweight_dtype is not None,
+            NEEDS_DBIAS=dbias_dtype is not None,
+            **loaded,
+            **walk.constants,
+        )
+        if partials is not None:
+            add_up_partials(partials, parameters, *plan.sums)
     return dsum, dx, dweight, dbias
 
 
-def _launch(
-    gradients: tuple[Tensor, ...],
-    rstd: Tensor,
-    config: NormBackwardConfig,
-    shared: dict[str, Any],
-    branch: dict[str, Any],
-) -> None:
-    """Fills the gradients that are not empty.
+class _Plan(NamedTuple):
+    """The launches of the backward.
 
-    `shared` are arguments of both kernels that read dy, `branch` those of the second of them alone.
+    Attributes:
+        walk: of the kernel that walks the rows of dy, kept and dresidual_out.
+        partials: the sizes of each parameter's partial sums.
+        sums: tile and warps of the kernel that adds them up.
+        row_means: grid and constants of the kernel that makes the rows' means; None where there is no need of it.
     """
-    dsum, dx, dweight, dbias = (gradient if gradient.numel() else None for gradient in gradients)
-    parameters = [gradient for gradient in (dweight, dbias) if gradient is not None]
-    walk, (rows, width) = config.walk, (shared["ROWS"], shared["WIDTH"])
+
+    walk: RowsPlan
+    partials: tuple[int, int]
+    sums: tuple[int, int, int]
+    row_means: tuple[tuple[int], dict[str, Any]] | None
+
+
+@planned
+def _plan(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...] | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    dims: int,
+    heavy: bool,
+    config: NormBackwardConfig | None,
+    target: Target,
+) -> _Plan:
+    rows, width = math.prod(shape[: len(shape) - dims]), math.prod(shape[len(shape) - dims :])
+    in_place, distances = rows_read(shape, strides, dims)
+    alignment = math.gcd(width, *distances, 16)
+    if config is None:
+        config = select_norm_backward_config(width, alignment, dtypes, heavy, target)
+    walk, sums = config.walk, config.sums
     grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
+    sizes = {"ROWS": rows, "WIDTH": width, "ALIGNMENT": alignment}
+    constants = sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
     row_means = None
-    if walk.block_n < width and (dsum is not None or dx is not None):
-        row_means = _launch_row_means(rows, config.row_means, rstd, shared)
-    partials = rstd.new_empty((len(parameters), grid[0], width)) if parameters else None
-    _norm_backward_kernel[grid](
-        row_means_ptr=row_means,
-        dsum_ptr=dsum,
-        dx_ptr=dx,
-        partials_ptr=partials,
-        NEEDS_DWEIGHT=dweight is not None,
-        NEEDS_DBIAS=dbias is not None,
-        TILES_ON_TWO_AXES=grid[2] > 1,
-        NUM_STAGES=walk.num_stages,
-        BLOCK_M=walk.block_m,
-        BLOCK_N=walk.block_n,
-        num_warps=walk.num_warps,
-        **shared,
-        **branch,
+    if walk.block_n < width:
+        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | _tile(config.row_means)
+    return _Plan(
+        RowsPlan(in_place, distances, grid, constants),
+        (grid[0], width),
+        (sums.block_m, sums.block_n, sums.num_warps),
+        row_means,
     )
-    if partials is not None:
-        sums = config.sums
-        add_up_partials(partials, parameters, sums.block_m, sums.block_n, sums.num_warps)
 
 
-def _launch_row_means(rows: int, config: NormConfig, rstd: Tensor, shared: dict[str, Any]) -> Tensor:
-    row_means = rstd.new_empty((2, rows))
-    _norm_row_means_kernel[(triton.cdiv(rows, config.block_m),)](
-        row_means_ptr=row_means,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        **shared,
-    )
+def _tile(config: NormConfig) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps}
+
+
+def _row_means(rstd: Tensor, loaded: dict[str, Any], plan: _Plan) -> Tensor | None:
+    """The means of each row (2, rows) that the backward kernel reads where its tile holds no whole row."""
+    if plan.row_means is None:
+        return None
+    grid, constants = plan.row_means
+    row_means = rstd.new_empty((2, constants["ROWS"]))
+    _norm_row_means_kernel[grid](row_means_ptr=row_means, **loaded, **constants)
     return row_means

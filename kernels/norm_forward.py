@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import dropout_of, matrix_of
+from fastattn.kernels._arguments import Matrix, dropout_of
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._dropout import _dropped_rows
+from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormConfig, select_norm_forward_config
 from fastattn.kernels._norm_tiles import (
     _combine_moments,
@@ -27,8 +29,9 @@ from fastattn.kernels._norm_tiles import (
     _multiple_of,
     _rows_of,
     _store_tile,
-    as_rows,
 )
+from fastattn.kernels._plan import RowsPlan, planned, rows_read
+from fastattn.kernels._target import Target
 
 
 @triton.jit
@@ -193,28 +196,30 @@ def norm_forward(
         y and h, contiguous; mean and rstd of x's leading dimensions, in float32. An empty tensor stands for an h that
         is x, and for the mean of RMSNorm.
     """
-    shape, leading = x.shape[x.dim() - dims :], x.shape[: x.dim() - dims]
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    summed = x.new_empty(0 if sum_dtype is None else x.shape, dtype=sum_dtype)
-    rstd = torch.empty(leading, dtype=torch.float32, device=x.device)
-    mean = torch.empty(leading if centered else 0, dtype=torch.float32, device=x.device)
-    rows, width = rstd.numel(), math.prod(shape)
+    if sum_dtype is None:
+        residual = rowscale = dropout_seed = None
+    rstd = x.new_empty(x.shape[:-dims], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
+    y = empty_contiguous(x, out_dtype)
+    summed = x.new_empty(0) if sum_dtype is None else empty_contiguous(x, sum_dtype)
     if x.numel() == 0:
         # Rows of width 0, if there are any: the mean of nothing is 0 / 0.
         return y, summed, mean.fill_(math.nan), rstd.fill_(math.nan)
-    x = as_rows(x, rows, width)
-    if sum_dtype is None:
-        residual = rowscale = dropout_seed = None
-    residual = None if residual is None else as_rows(residual, rows, width)
-    alignment = math.gcd(width, x.stride(0), 0 if residual is None else residual.stride(0), 16)
-    if config is None:
-        mixed = residual is not None and residual.dtype != x.dtype
-        heavy = dropout_seed is not None or mixed
-        config = select_norm_forward_config(width, alignment, x.dtype, heavy, _target.target_of(x.device))
+    plan = _plan(
+        x.shape,
+        x.stride(),
+        x.dtype,
+        None if residual is None else residual.stride(),
+        None if residual is None else residual.dtype,
+        dropout_seed is not None,
+        dims,
+        config,
+        _target.target_of(x.device),
+    )
     with _target.launching_on(x):
-        _norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
-            x=matrix_of(x),
-            residual=None if residual is None else matrix_of(residual),
+        _norm_forward_kernel[plan.grid](
+            x=Matrix(plan.read(0, x), plan.distances[0]),
+            residual=None if residual is None else Matrix(plan.read(1, residual), plan.distances[1]),
             weight_ptr=None if weight is None else weight.contiguous(),
             bias_ptr=None if bias is None else bias.contiguous(),
             rowscale_ptr=None if rowscale is None else rowscale.contiguous(),
@@ -223,14 +228,38 @@ def norm_forward(
             sum_ptr=None if sum_dtype is None else summed,
             mean_ptr=mean if centered else None,
             rstd_ptr=rstd,
-            ROWS=rows,
-            WIDTH=width,
             eps=eps,
             ZERO_CENTERED=zero_centered,
-            ONE_TILE=config.block_n >= width,
-            ALIGNMENT=alignment,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
     return y, summed, mean, rstd
+
+
+@planned
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    residual_strides: tuple[int, ...] | None,
+    residual_dtype: torch.dtype | None,
+    drops: bool,
+    dims: int,
+    config: NormConfig | None,
+    target: Target,
+) -> RowsPlan:
+    rows, width = math.prod(shape[: len(shape) - dims]), math.prod(shape[len(shape) - dims :])
+    in_place, distances = rows_read(shape, (strides, residual_strides), dims)
+    alignment = math.gcd(width, *distances, 16)
+    if config is None:
+        heavy = drops or residual_dtype not in (None, dtype)
+        config = select_norm_forward_config(width, alignment, dtype, heavy, target)
+    constants = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "ONE_TILE": config.block_n >= width,
+        "ALIGNMENT": alignment,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    return RowsPlan(in_place, distances, (ceil_div(rows, config.block_m),), constants)

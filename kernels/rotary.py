@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_rows, rows_contiguous
+from fastattn.kernels._plan import planned
 from fastattn.kernels._rotary_config import heads_of_program, select_rotary_config
+from fastattn.kernels._target import Target
 
 
 class Places(NamedTuple):
@@ -257,59 +261,85 @@ def _launch(
     interleaved: bool,
     conjugate: bool,
 ) -> None:
-    inputs, outputs = [_four(x) for x in given], [_four(y) for y in results]
-    batch, _, seq, head_dim = inputs[0].shape
-    heads = [x.size(1) for x in inputs]
-    pairs = cos.size(1)
-    in_place = given[0] is results[0]
-    if batch * seq * head_dim * sum(heads) == 0:
-        return
     cos, sin = rows_contiguous(cos), rows_contiguous(sin)
-    target = _target.target_of(inputs[0].device)
-    config = select_rotary_config(pairs, 0 if in_place else head_dim - 2 * pairs, target)
-    tiles = batch * triton.cdiv(seq, config.block_m)
-    group = heads_of_program(heads, tiles, target)
-    unit = gcd(_MAX_UNIT, *(stride for t in (*inputs, *outputs) for stride in t.stride()[:-1]))
-    x, y = [_rows_in_units(t, unit) for t in inputs], [_rows_in_units(t, unit) for t in outputs]
-    two = len(inputs) == 2
-    with _target.launching_on(inputs[0]):
-        _rotary_kernel[(tiles * sum(triton.cdiv(count, group) for count in heads),)](
-            x=x[0],
-            other_x=x[1] if two else None,
-            y=y[0],
-            other_y=y[1] if two else None,
+    tensors = (*given, *results)
+    plan = _plan(
+        tuple([x.shape for x in given]),
+        tuple([t.stride() for t in tensors]),
+        cos.size(1),
+        given[0] is results[0],
+        _target.target_of(cos.device),
+    )
+    if plan is None:
+        return
+    rows = [Rows(t, *strides) for t, strides in zip(tensors, plan.strides, strict=True)]
+    x, other_x, y, other_y = rows if len(rows) == 4 else (rows[0], None, rows[1], None)
+    with _target.launching_on(cos):
+        _rotary_kernel[plan.grid](
+            x=x,
+            other_x=other_x,
+            y=y,
+            other_y=other_y,
             cos_ptr=cos,
             sin_ptr=sin,
             places=_places(positions, starts, cu_seqlens),
-            SEQ=seq,
             POSITIONS=cos.size(0),
             START=start,
             SEQUENCES=0 if cu_seqlens is None else cu_seqlens.numel() - 1,
-            HEADS=heads[0],
-            OTHER_HEADS=heads[1] if two else 0,
-            GROUP=group,
-            UNIT=unit,
             STRIDE_COS=cos.stride(0),
             STRIDE_SIN=sin.stride(0),
-            HEAD_DIM=head_dim,
-            PAIRS=pairs,
             INTERLEAVED=interleaved,
             CONJUGATE=conjugate,
-            BLOCK_M=config.block_m,
-            BLOCK_D=config.block_d,
-            BLOCK_REST=config.block_rest,
-            num_warps=config.num_warps,
+            **plan.constants,
         )
 
 
-def _four(tensor: Tensor) -> Tensor:
-    """(batch, heads, seq, head_dim); a packed tensor (total, heads, head_dim) is one batch."""
-    return tensor if tensor.dim() == 4 else tensor.transpose(0, 1).unsqueeze(0)
+class _Plan(NamedTuple):
+    """The launch on tensors of these shapes and strides: strides of batch, head and position in units of UNIT."""
+
+    strides: tuple[tuple[int, int, int], ...]
+    grid: tuple[int]
+    constants: dict[str, Any]
 
 
-def _rows_in_units(tensor: Tensor, unit: int) -> Rows:
-    stride_b, stride_h, stride_m, _ = tensor.stride()
-    return Rows(tensor, stride_b // unit, stride_h // unit, stride_m // unit)
+@planned
+def _plan(
+    shapes: tuple[torch.Size, ...],
+    strides: tuple[tuple[int, ...], ...],
+    pairs: int,
+    in_place: bool,
+    target: Target,
+) -> _Plan | None:
+    """The plan for one or two tensors, of whose results are the other strides; None where there is no element."""
+    if all(0 in shape for shape in shapes):
+        return None
+    if len(shapes[0]) == 3:  # packed: (total, heads, head_dim) is one batch
+        batch, (seq, _, head_dim) = 1, shapes[0]
+        heads = [shape[1] for shape in shapes]
+        distances = [(0, head, row) for row, head, _ in strides]
+    else:
+        batch, _, seq, head_dim = shapes[0]
+        heads = [shape[1] for shape in shapes]
+        distances = [(first, head, row) for first, head, row, _ in strides]
+    config = select_rotary_config(pairs, 0 if in_place else head_dim - 2 * pairs, target)
+    tiles = batch * ceil_div(seq, config.block_m)
+    group = heads_of_program(heads, tiles, target)
+    unit = gcd(_MAX_UNIT, *(distance for of in distances for distance in of))
+    constants = {
+        "SEQ": seq,
+        "HEADS": heads[0],
+        "OTHER_HEADS": heads[1] if len(heads) == 2 else 0,
+        "GROUP": group,
+        "UNIT": unit,
+        "HEAD_DIM": head_dim,
+        "PAIRS": pairs,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": config.block_d,
+        "BLOCK_REST": config.block_rest,
+        "num_warps": config.num_warps,
+    }
+    grid = (tiles * sum(ceil_div(count, group) for count in heads),)
+    return _Plan(tuple((b // unit, h // unit, m // unit) for b, h, m in distances), grid, constants)
 
 
 def _places(positions: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None) -> Places:

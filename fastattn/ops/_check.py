@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def fits(tensor: Tensor | None, x: Tensor) -> bool:
+    """Whether this is None, or a floating-point tensor on x's device.
+
+    Asked before `check_floating` and `check_same_device`, because a call by keyword for each costs a microsecond of
+    host time.
+    """
+    return tensor is None or (
+        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.device == x.device
+    )
+
+
 def check_floating(*needed: str, **tensors: Tensor | None) -> None:
     """Raises TypeError for an argument that is no floating-point tensor.
 

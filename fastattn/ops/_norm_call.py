@@ -20,7 +20,7 @@ from fastattn.dispatch import (
     refuse_triton,
 )
 from fastattn.ops import _norm_torch
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._dropout import check_dropout, draw_seed
 from fastattn.ops._norm_operators import NormOptions, apply_norm
 
@@ -61,8 +61,7 @@ def check(
     features: Features,
 ) -> None:
     """Raises TypeError, ValueError or NotSupported for arguments that no implementation takes."""
-    # Asked in one expression first, because a call by keyword for each check costs a microsecond of host time.
-    if not (x is not None and _fits(x, x) and _fits(weight, x) and _fits(bias, x)):
+    if not (x is not None and fits(x, x) and fits(weight, x) and fits(bias, x)):
         check_floating("x", x=x, weight=weight, bias=bias)
         check_same_device("x", x, weight=weight, bias=bias)
     shape = _as_shape(normalized_shape)
@@ -126,13 +125,6 @@ def at_once(
         return None
 
 
-def _fits(tensor: Tensor | None, x: Tensor) -> bool:
-    """Whether this is None, or a floating-point tensor on x's device."""
-    return tensor is None or (
-        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.device == x.device
-    )
-
-
 def _check_save(weight: Tensor | None, features: Features) -> None:
     if features.save != "output":
         raise ValueError(f"save={features.save!r} must be 'input' or 'output'")
@@ -144,7 +136,7 @@ def _check_save(weight: Tensor | None, features: Features) -> None:
 
 def _check_sum(x: Tensor, residual: Tensor | None, dims: int, features: Features) -> None:
     rowscale = features.rowscale
-    if not (_fits(residual, x) and _fits(rowscale, x)):
+    if not (fits(residual, x) and fits(rowscale, x)):
         check_floating(residual=residual, rowscale=rowscale)
         check_same_device("x", x, residual=residual, rowscale=rowscale)
     if residual is not None and residual.shape != x.shape:

@@ -113,18 +113,18 @@ class NormFunction(torch.autograd.Function):
         bias: Tensor | None,
         rowscale: Tensor | None,
         dropout_seed: Tensor | None,
-        *options: Any,
+        options: NormOptions,
     ) -> Tensor | tuple[Tensor, ...]:
         y, summed, mean, rstd = _forward(x, residual, weight, bias, rowscale, dropout_seed, *options)
-        ctx.options = asked = NormOptions(*options)
+        ctx.options = options
         ctx.from_output = from_output
         ctx.save_for_backward(
-            y if from_output else x if asked.sum_dtype is None else summed,
+            y if from_output else x if options.sum_dtype is None else summed,
             weight,
             bias if from_output else None,
             rowscale,
             dropout_seed,
-            mean if asked.centered and not from_output else None,
+            mean if options.centered and not from_output else None,
             rstd,
         )
         # Of these, backward needs the dtypes alone; double backward takes the value of bias to be zero.
@@ -133,12 +133,12 @@ class NormFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         # The sum where only the parameters are trained; what follows it is then not recorded for nothing.
-        constants = [] if asked.sum_dtype is None or any(ctx.needs_input_grad[2:4]) else [summed]
+        constants = [] if options.sum_dtype is None or any(ctx.needs_input_grad[2:4]) else [summed]
         if return_statistics:
-            constants += [mean, rstd] if asked.centered else [rstd]
+            constants += [mean, rstd] if options.centered else [rstd]
         if constants:
             ctx.mark_non_differentiable(*constants)
-        return _asked_for(asked, return_statistics, y, summed, mean, rstd)
+        return _asked_for(options, return_statistics, y, summed, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -153,7 +153,7 @@ class NormFunction(torch.autograd.Function):
             found = _differentiable_backward(ctx, saved, dy, dresidual_out)
         else:
             found = _kernel_backward(ctx, saved, dy, dresidual_out)
-        return None, None, *found, *[None] * (2 + len(ctx.options))
+        return None, None, *found, None, None, None
 
 
 def _asked_for(
@@ -270,4 +270,4 @@ def apply_norm(
     if torch.compiler.is_compiling():
         # The compiler refuses a Function that is given one tensor twice.
         others = tuple(None if t is None else t.view_as(t) for t in others)
-    return NormFunction.apply(from_output, return_statistics, x, *others, *options)
+    return NormFunction.apply(from_output, return_statistics, x, *others, options)

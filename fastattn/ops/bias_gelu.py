@@ -11,7 +11,7 @@ from fastattn import reference
 from fastattn.dispatch import Implementation, Operation, refuse_triton
 from fastattn.ops._activations import GELU_FORMS, check_approximate, torch_gelu
 from fastattn.ops._autograd import differentiable_gradients, needs_graph
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._register import register
 
 
@@ -75,8 +75,9 @@ class BiasGeluFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, bias: Tensor, approximate: str) -> None:
-    check_floating("x", "bias", x=x, bias=bias)
-    check_same_device("x", x, bias=bias)
+    if x is None or bias is None or not (fits(x, x) and fits(bias, x)):
+        check_floating("x", "bias", x=x, bias=bias)
+        check_same_device("x", x, bias=bias)
     check_approximate(approximate)
     if x.dim() == 0:
         raise ValueError("x has 0 dimensions; at least 1 is needed, (..., width)")

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation, refuse_triton
 from fastattn.kernels._loss_config import row_strides
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._cross_entropy_function import apply_cross_entropy
 from fastattn.ops._loss import (
     LossOptions,
@@ -53,10 +53,11 @@ def _check(
     return_lse: bool,
     inplace: bool,
 ) -> None:
-    check_floating("input", input=input, weight=weight)
+    if input is None or not (fits(input, input) and fits(weight, input)):
+        check_floating("input", input=input, weight=weight)
+        check_same_device("input", input, weight=weight)
     check_options(options)
     check_target(target, input.device)
-    check_same_device("input", input, weight=weight)
     shape = input.shape
     if not shape:
         raise ValueError("input has shape (); (classes,) or (batch, classes, ...) is needed")
@@ -123,7 +124,7 @@ def _refuse_triton(
     rows = _rows(input)
     if rows.size(-1) == 0:
         return "classes=0 must be at least 1"
-    if row_strides(rows.shape, rows.stride()) is None:
+    if not rows.is_contiguous() and row_strides(rows.shape, rows.stride()) is None:
         return (
             f"input of shape {tuple(input.shape)} has strides {input.stride()}; the classes must be contiguous in "
             "memory, and their rows at most two strides apart"
@@ -140,7 +141,8 @@ def _run_triton(
     inplace: bool,
 ) -> Any:
     rows = _rows(input)
-    target = target.reshape(rows.shape[:-1])
+    if input.dim() == 1:
+        target = target.reshape(())
     check_classes(target, rows.size(-1), options.ignore_index)
     dtype = loss_dtype(input.dtype, input)
     loss, lse = apply_cross_entropy(rows, target, options, dtype, return_lse, inplace)

@@ -13,7 +13,7 @@ from fastattn.dispatch import Implementation, Operation, refuse_triton
 from fastattn.kernels._layout import halves
 from fastattn.ops._activations import GELU_FORMS, TORCH_ACTIVATIONS, check_approximate
 from fastattn.ops._autograd import differentiable_gradients, needs_graph
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._register import register
 
 
@@ -88,12 +88,13 @@ class PackedGatedFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, gate: Tensor | None, activation: str, gate_first: bool) -> None:
-    check_floating("x", x=x, gate=gate)
+    if x is None or not (fits(x, x) and fits(gate, x)):
+        check_floating("x", x=x, gate=gate)
+        check_same_device("x", x, gate=gate)
     if gate is None:
         if x.dim() == 0 or x.size(-1) % 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; without a gate its last size must be even")
         return
-    check_same_device("x", x, gate=gate)
     if gate.shape != x.shape:
         raise ValueError(f"gate has shape {tuple(gate.shape)}, but x has {tuple(x.shape)}")
     if gate.dtype != x.dtype:

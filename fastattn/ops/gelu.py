@@ -47,7 +47,8 @@ class GeluFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, approximate: str) -> None:
-    check_floating("x", x=x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        check_floating("x", x=x)
     check_approximate(approximate)
 
 

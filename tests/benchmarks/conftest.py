@@ -33,7 +33,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cases that cost nothing, ceilings that nobody measures, and one import instead of five."""
+    """Two cases that cost nothing, ceilings nobody measures, one import instead of five, no kernels compiled."""
     suite = Suite("mlp", "small", cpu=(GeluCase(3, 8), GeluCase(4, 8)), gpu=())
     monkeypatch.setitem(SUITES, "mlp", suite)
     ceiling = {
@@ -47,6 +47,7 @@ def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings = [ceiling | {"case": "copy", "gbytes_per_s": 4.0}, ceiling | {"case": "matmul", "tflops": 2.0}]
     monkeypatch.setattr("benchmarks.run.measure_ceilings", lambda device, rounds: iter(ceilings))
     monkeypatch.setattr("benchmarks.run.measure_import", lambda: measure_import(rounds=1))
+    monkeypatch.setattr("benchmarks.run.launch_rows", lambda rounds: iter(()))
 
 
 @pytest.fixture

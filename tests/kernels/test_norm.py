@@ -9,7 +9,7 @@ import torch
 
 from fastattn import reference
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
-from fastattn.kernels._norm_tiles import as_rows
+from fastattn.kernels._plan import row_distance
 from fastattn.kernels._target import KNOWN_TARGETS
 from fastattn.kernels.norm_forward import norm_forward
 from fastattn.testing import make_tensor
@@ -116,11 +116,13 @@ def test_rows_at_a_distance(form: str, device: torch.device) -> None:
 def test_rows_at_equal_distances_are_not_copied(
     shape: tuple[int, ...], strides: tuple[int, ...], copied: bool, device: torch.device
 ) -> None:
-    width = 1 if shape[-1] == 1 else 8
+    dims = 2 if len(shape) == 4 else 1
     x = torch.arange(100.0, device=device).as_strided(shape, strides)
-    matrix = as_rows(x, 6, width)
-    assert torch.equal(matrix, x.reshape(6, width))
-    assert (matrix.data_ptr() != x.data_ptr()) == copied
+    distance = row_distance(shape, strides, dims)
+    assert (distance is None) == copied
+    if distance is not None:
+        rows = x.reshape(6, -1)
+        assert torch.equal(x.as_strided(rows.shape, (distance, 1)), rows)
 
 
 @pytest.mark.parametrize("form", ["tiles"])

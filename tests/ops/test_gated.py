@@ -111,13 +111,13 @@ def test_any_layout(layout: Callable[[Tensor], tuple[Tensor, Tensor]], device: t
 def test_halves_are_read_in_place(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastattn.kernels import gated
 
-    read = []
-    rows = gated._as_rows_of_width
-    monkeypatch.setattr(gated, "_as_rows_of_width", lambda t: read.append((t, rows(t))) or read[-1][1])
+    plans = []
+    plan_of = gated.tile_plan
+    monkeypatch.setattr(gated, "tile_plan", lambda *given: plans.append(plan_of(*given)) or plans[-1])
     x = make_tensor(3, 4, 20, device=device)
     fastattn.geglu(*x.chunk(2, -1), implementation="triton")
     fastattn.geglu(x, implementation="triton")
-    assert len(read) == 4 and all(given.data_ptr() == used.data_ptr() for given, used in read)
+    assert [(plan.in_place, plan.distances) for plan in plans] == [((True, True), (20, 20))] * 2
 
 
 def test_gaps_are_not_read(device: torch.device) -> None:
