@@ -55,10 +55,16 @@ def check_target(target: Tensor, device: torch.device) -> None:
         raise ValueError(f"target is on {target.device}, but input is on {device}")
 
 
+def signed(target: Tensor) -> Tensor:
+    """The indices in a type that has an ignore_index such as -100: in uint8, PyTorch would compare with 156."""
+    return target.int() if target.dtype == torch.uint8 else target
+
+
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raises IndexError, as PyTorch does, for a target that is no class; on a GPU within `debug_checks` alone."""
     if not checking(target):
         return
+    target = signed(target)
     kept = target[target != ignore_index]
     if kept.numel() == 0:
         return
@@ -87,7 +93,7 @@ def operator_loss(
     In PyTorch's own operator where that suffices; else in float32 or wider, with several tensors of the logits' size.
     """
     ignore_index, reduction, _, z_loss, softcap = options
-    if not target.is_floating_point() and target.dtype == torch.int32:
+    if not target.is_floating_point():
         target = target.long()
     if not z_loss and softcap is None and not return_lse:
         return _plain(input, target, weight, options), None

@@ -104,6 +104,7 @@ def at_once(
         dtype = x.dtype
         if not (
             x.is_cpu
+            and not x.is_nested
             and dtype in _TORCH_DTYPES
             and (weight is None or weight.dtype is dtype)
             and (bias is None or bias.dtype is dtype)
@@ -111,6 +112,8 @@ def at_once(
         ):
             return None
         shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+        if not all(type(size) is int for size in shape):  # type: ignore[union-attr]
+            return None
         if not adds:
             return _norm_torch.plain(x, shape, weight, bias, eps, features.rms)  # type: ignore[arg-type]
         if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -181,6 +182,8 @@ def _check_apart(q: Tensor, k: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k):  # type: ignore[attr-defined]
         return
     distance = k.storage_offset() - q.storage_offset()
+    if any(isinstance(n, torch.SymInt) for n in (*q.shape, *k.shape, distance)):
+        return  # traced
     if _share_elements(q.shape, q.stride(), k.shape, k.stride(), distance):
         raise ValueError(
             f"q and k overlap in memory and cannot be rotated in place: shapes {tuple(q.shape)} and {tuple(k.shape)}, "
@@ -220,6 +223,8 @@ def _is_sum(number: int, terms: Sequence[tuple[int, int, int]]) -> bool:
     """
     if not terms:
         return number == 0
+    if number % math.gcd(*(stride for stride, _, _ in terms)):
+        return False
     (stride, least, most), *rest = terms
     low, high = (sum(term[0] * term[end] for term in rest) for end in (1, 2))
     first, last = max(least, -((high - number) // stride)), min(most, (number - low) // stride)

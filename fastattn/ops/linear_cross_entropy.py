@@ -18,7 +18,7 @@ from fastattn.dispatch import (
 )
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
-from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype
+from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype, signed
 from fastattn.ops._loss_chunks import CACHED_ROWS, Chunks, chunk_rows_of, divides_first, shares_of
 from fastattn.ops._register import register
 
@@ -243,7 +243,7 @@ def _run(triton: bool, *arguments: Any) -> Tensor:
     check_classes(target, weight.size(0), options.ignore_index)
     how = Chunks(budget, linear_dtype(input), triton)
     dtype = out_dtype or loss_dtype(input.dtype, input)
-    rows, flat = input.reshape(-1, input.size(-1)), target.reshape(-1)
+    rows, flat = input.reshape(-1, input.size(-1)), signed(target).reshape(-1)
     if needs_graph(input, weight, bias):
         loss = LinearCrossEntropyFunction.apply(rows, weight, bias, flat, dtype, options, how)
     else:

@@ -222,7 +222,7 @@ def rms_norm(
         return_statistics: 1 / sqrt(mean(x^2) + eps) is returned too.
 
     Returns:
-        y, of x's shape, contiguous; float32 under a GPU's autocast, unless `out_dtype` says otherwise. With
+        y, of x's shape, by Triton contiguous; float32 under a GPU's autocast, unless `out_dtype` says otherwise. With
         `return_statistics` (y, rstd), this of x's leading dimensions, in float32 and without gradient.
 
     Raises:
@@ -279,8 +279,8 @@ def add_layer_norm(
         return_statistics: mean and 1 / sqrt(variance + eps) of h are returned too.
 
     Returns:
-        (y, h), y and h contiguous; with `return_statistics` (y, h, mean, rstd), the last two of x's leading dimensions,
-        in float32 and without gradient. h is x itself where there is nothing to add, drop, scale or convert.
+        (y, h), by Triton contiguous; with `return_statistics` (y, h, mean, rstd), the last two of x's leading
+        dimensions, in float32 and without gradient. h is x itself where nothing is added, dropped, scaled or converted.
 
     Raises:
         As `layer_norm`; also

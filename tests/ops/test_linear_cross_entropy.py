@@ -201,6 +201,28 @@ def test_float16_inputs_do_not_underflow_under_bfloat16_autocast(
     assert (dinput.double() - truth).norm() < 1e-2 * truth.norm()
 
 
+@pytest.mark.parametrize("implementation", [*FAST, "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_uint8_targets_are_not_compared_in_uint8(
+    reduction: str, implementation: str, device: torch.device
+) -> None:
+    """PyTorch makes ignore_index=-100 a uint8 of 156 beside them: the rows of class 156 were left out."""
+    input, weight = make_tensor(2, 16, device=device), make_tensor(200, 16, seed=1, device=device)
+    target = torch.tensor([156, 3], dtype=torch.uint8, device=device)
+    options = {"reduction": reduction, "implementation": implementation}
+    leaves = input.requires_grad_(), weight.requires_grad_()
+    found = fastattn.linear_cross_entropy(input, weight, target, **options)
+    expected = F.cross_entropy(F.linear(input, weight), target.long(), reduction=reduction)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    if not input.is_cuda:
+        with pytest.raises(IndexError, match="target holds 156"):
+            fastattn.linear_cross_entropy(input, weight[:100], target, **options)
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_float16_gradients_neither_underflow_nor_overflow(implementation: str, device: torch.device) -> None:
     """1 / rows times a small probability would vanish in float16, and a sum over many rows be infinite."""

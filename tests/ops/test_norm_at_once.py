@@ -145,3 +145,9 @@ def test_a_complex_x_is_refused() -> None:
     """PyTorch's RMSNorm takes one."""
     with pytest.raises(TypeError, match=r"x has dtype=torch\.complex64"):
         fastattn.rms_norm(torch.ones(3, 8, dtype=torch.complex64), 8)
+
+
+@pytest.mark.parametrize("function", [fastattn.layer_norm, fastattn.rms_norm])
+def test_a_shape_of_tensors_is_refused_at_once_too(function: Any) -> None:
+    with pytest.raises(TypeError, match="which is not an int"):
+        function(torch.randn(4, 8), (torch.tensor(8),))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn.ops._rotary_call import _share_elements
@@ -195,3 +196,17 @@ def test_sharing_an_element_is_found_as_by_looking_at_every_one() -> None:
         assert _share_elements(shape, strides, other, others, distance) == expected
         seen.add(expected)
     assert seen == {True, False}
+
+
+def test_views_are_traced_with_symbolic_sizes() -> None:
+    """`make_fx` gives sizes that have no hash, which the cached answer about overlaps was asked with."""
+    cos, sin = fastattn.rotary_tables(6, 10)
+
+    def rotated(packed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        packed = packed * 1
+        q, k = fastattn.rotary_embedding_qk(packed[:, :1], packed[:, 1:3], cos, sin, inplace=True)
+        return q.sum() + k.sum()
+
+    packed = make_tensor(2, 3, 6, 10)
+    graph = make_fx(rotated, tracing_mode="symbolic")(packed, cos, sin)
+    torch.testing.assert_close(graph(packed, cos, sin), rotated(packed, cos, sin))
