@@ -1,15 +1,15 @@
 """The loss of logits = input W^T + b, a chunk of rows at a time, so that the logits are never held whole.
 
-Gradients of the sum of the losses are made where the logits are, in the forward (as in Liger Kernel, Hsu et al., 2024).
-What the mean divides by, and the incoming gradient, are multiplied in afterwards, so that 16-bit gradients do not
-underflow. The products are PyTorch's; weight and bias gradients are added up in float32.
+Gradients are made where the logits are, in the forward (as in Liger Kernel, Hsu et al., 2024), and the incoming
+gradient is multiplied in afterwards; in float16 what the mean divides by too, so that small ones do not underflow. The
+products are PyTorch's; weight and bias gradients are added up in float32 (`_loss_sums`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from fastattn.dispatch import autocasts
 from fastattn.ops._loss import LossOptions
+from fastattn.ops._loss_sums import Sums
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Rows of a chunk come in multiples of what matrix products take at a time.
 ROW_TILE = 128
-# Rows of a weight's gradient whose sums stay in a CPU's cache between the product and the addition.
-CACHED_ROWS = 2048
 # Logits that one thread of a CPU works on at a time, 512 KiB in float32: a quarter of a Xeon's L2. Losses and gradients
 # of 256 rows and 32,768 classes in bfloat16 took 14 ms so, and 41 ms all at once in memory that is fresh each time.
 _PIECE = 1 << 17
@@ -155,7 +154,7 @@ def linear_cross_entropy_forward(
     wide = torch.promote_types(how.compute_dtype, torch.float32)
     kept = (target != options.ignore_index).sum(dtype=wide)
     losses = input.new_empty(target.shape, dtype=wide)
-    sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
+    sums = Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
     share = shares_of(target, kept) if divides_first(options, how, input.dtype) and sums.any() else None
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
         scale = None if share is None else share[rows]
@@ -184,7 +183,7 @@ def linear_cross_entropy_backward(
     wide = torch.promote_types(how.compute_dtype, torch.float32)
     dloss = dloss.to(wide).contiguous()
     losses = torch.empty_like(dloss)
-    sums = _Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
+    sums = Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
         dlogits = _loss_of(logits, work, target[rows], dloss[rows], losses[rows], options, True)
         sums.add(rows, dlogits, x, w)
@@ -220,111 +219,6 @@ def _chunks(
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
         yield chunk, logits, work, x, weight
-
-
-class _Sums(NamedTuple):
-    """The gradients as they grow; None for one that is not asked for."""
-
-    dinput: Tensor | None
-    dweight: Tensor | None
-    dbias: Tensor | None
-
-    @staticmethod
-    def of(
-        input: Tensor, weight: Tensor, dinput: bool, dweight: bool, dbias: bool, wide: torch.dtype
-    ) -> _Sums:
-        return _Sums(
-            torch.empty_like(input) if dinput else None,
-            # The first chunk writes it, if there is one.
-            _empty_or_zeros(weight, wide, input.size(0) == 0) if dweight else None,
-            weight.new_zeros(weight.shape[:1], dtype=wide) if dbias else None,
-        )
-
-    def any(self) -> bool:
-        return any(t is not None for t in self)
-
-    def add(self, rows: slice, dlogits: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Adds what a chunk's dlogits contribute."""
-        if self.dinput is not None:
-            part = self.dinput[rows]
-            if part.dtype == dlogits.dtype:
-                torch.mm(dlogits, weight, out=part)
-            else:
-                part.copy_(torch.mm(dlogits, weight))
-        if self.dweight is not None:
-            _add_product(self.dweight, dlogits.t(), x, first=rows.start == 0)
-        if self.dbias is not None:
-            self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype))
-
-    def given(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients, with an empty tensor for None: an operator cannot return that."""
-        dinput, dweight, dbias = (like.new_empty(0) if t is None else t for t in self)
-        return dinput, dweight, dbias
-
-
-def _empty_or_zeros(like: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
-    return (torch.zeros_like if zeros else torch.empty_like)(
-        like, dtype=dtype, memory_format=torch.contiguous_format
-    )
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a b, or where it is the first total = a b, with sums in total's dtype, float32 or wider."""
-    dtype = total.dtype
-    form = "widen" if a.dtype == dtype else _wide_product(a.device, a.dtype)
-    if form == "rounded":
-        _add_rounded_product(total, a, b, first)
-    elif form == "widen":
-        a, b = a.to(dtype), b.to(dtype)
-        if first:
-            torch.mm(a, b, out=total)
-        else:
-            total.addmm_(a, b)
-    elif first:
-        torch.mm(a, b, out_dtype=dtype, out=total)
-    elif form == "addmm":
-        torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=dtype))
-
-
-def _add_rounded_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """As `_add_product`, but of a product in a's dtype, some rows at a time so that they stay in the cache."""
-    size = min(CACHED_ROWS, total.size(0))
-    products = b.new_empty(size, total.size(1))
-    # Widened before they are added: PyTorch's CPU adds mixed dtypes at a fifth of the speed.
-    widened = torch.empty_like(products, dtype=total.dtype)
-    for part, rows in zip(total.split(size), a.split(size), strict=True):
-        product = torch.mm(rows, b, out=products[: len(part)])
-        if first:
-            part.copy_(product)
-        else:
-            part.add_(widened[: len(part)].copy_(product))
-
-
-@cache
-def _wide_product(device: torch.device, dtype: torch.dtype) -> str:
-    """How products of 16-bit matrices are added up in float32 on a device.
-
-    "addmm" and "mm" have float32 results; whether `out_dtype` is taken, tried once on a tile, depends on the device and
-    on PyTorch's version. "widen" makes float32 products. "rounded" rounds each chunk's product to bfloat16 first, no
-    more than PyTorch rounds that of all rows, where a float32 product takes four times as long; a sum of float16 could
-    overflow.
-    """
-    if device.type == "cpu":
-        return "rounded" if dtype == torch.bfloat16 else "widen"
-    a = torch.zeros(16, 16, dtype=dtype, device=device)
-    total = torch.zeros(16, 16, device=device)
-    try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-        return "addmm"
-    except (RuntimeError, TypeError):
-        pass
-    try:
-        torch.mm(a, a, out_dtype=torch.float32)
-        return "mm"
-    except (RuntimeError, TypeError):
-        return "widen"
 
 
 def _loss_of(

@@ -19,7 +19,8 @@ from fastattn.dispatch import (
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._check import check_floating, check_same_device
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype, signed
-from fastattn.ops._loss_chunks import CACHED_ROWS, Chunks, chunk_rows_of, divides_first, shares_of
+from fastattn.ops._loss_chunks import Chunks, chunk_rows_of, divides_first, shares_of
+from fastattn.ops._loss_sums import CACHED_ROWS
 from fastattn.ops._register import register
 
 _CALL = (

@@ -50,13 +50,13 @@ def test_only_gradients_asked_for_are_made(
 ) -> None:
     (input, weight, bias), target = make_inputs("fp32", device)
     made = []
-    plain = fastattn.ops._loss_chunks._Sums.of
+    plain = fastattn.ops._loss_sums.Sums.of
 
     def of(*arguments: Any) -> Any:
         made.append(arguments[2:5])
         return plain(*arguments)
 
-    monkeypatch.setattr(fastattn.ops._loss_chunks._Sums, "of", staticmethod(of))
+    monkeypatch.setattr(fastattn.ops._loss_sums.Sums, "of", staticmethod(of))
 
     def run(*wanted: Tensor) -> tuple[Tensor, ...]:
         made.clear()
