@@ -37,34 +37,56 @@ def helper(x):
 SIGNATURE = ("x_ptr=*fp32", "y_ptr=*fp32", "n=i32", "factor=fp32", "BLOCK=1024")
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    path = tmp_path_factory.mktemp("own") / "own_kernels.py"
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "own_kernels.py"
     path.write_text(KERNEL)
     return path
 
 
-def test_a_kernel_of_the_users_own(own, tmp_path):
-    rows = tmp_path / "rows.json"
-    arguments = ["--num-warps", 2, "--json", rows, "--signature", *SIGNATURE]
-    done = run_inspect(f"{own}:scale_kernel", "--arch", "sm_90", "gfx942", *arguments)
-    assert done.returncode == 0, done.stderr
-    hopper, amd = json.loads(rows.read_text())
+def test_what_is_compiled(own, tmp_path):
+    """Kernels of the user's own, by file and by module, one that does not compile, and one shape of a shipped one.
+
+    All in one process, as starting one takes seconds.
+    """
+    options = f"--quiet --num-warps 2 --signature {' '.join(SIGNATURE)}"
+    found = inspected(
+        tmp_path,
+        f"own_kernels:scale_kernel --arch sm_90 {options}",  # before the other puts it among the modules
+        f"{own}:scale_kernel --arch sm_90 gfx942 {options}",
+        f"{own}:broken_kernel --arch sm_80 --signature x_ptr=*fp32 BLOCK=16",
+        "gelu_forward --arch sm_80 --quiet --shape rows=10 width=7 dtype=fp16",
+    )
+    by_module, (hopper, amd), (broken,), (gelu,) = (rows for _, _, rows in found)
+    assert [(code, said == "") for code, said, _ in found] == [(0, True), (0, True), (1, False), (0, True)]
     assert (hopper["kernel"], hopper["tile"], hopper["num_warps"]) == ("scale", "1024", 2)
     assert hopper["special_functions"] == 16  # 1,024 elements by 64 threads
     assert (hopper["spill_loads"], hopper["spill_stores"], hopper["error"]) == (0, 0, "")
     assert 0 < hopper["registers"] < 128 and hopper["programs"] > 1
     assert amd["special_functions"] == 8  # a warp has 64 threads there
-    by_module = run_inspect("own_kernels:scale_kernel", "--arch", "sm_90", *arguments, cwd=own.parent)
-    assert by_module.returncode == 0, by_module.stderr
-    assert json.loads(rows.read_text()) == [hopper]
+    assert by_module == [hopper]
+    assert broken["error"].startswith("CompilationError: ")
+    assert "user broken: CompilationError: " in found[2][1]
+    assert (gelu["case"], gelu["kernel"]) == ("gelu fp16-erf-10x7", "gelu_forward")
+    assert "memory 2.8e-07 GB" in gelu["bound"]
 
 
-def test_a_kernel_that_does_not_compile_is_a_row(own):
-    done = run_inspect(f"{own}:broken_kernel", "--arch", "sm_80", "--signature", "x_ptr=*fp32", "BLOCK=16")
-    assert done.returncode == 1
-    assert "user broken: CompilationError: " in done.stdout
-    assert "Traceback" not in done.stderr
+def inspected(folder, *commands):
+    """(exit status, standard output, rows) of each command, all in one process in this folder."""
+    script = (
+        "import contextlib, io, json, sys\n"
+        "from benchmarks.__main__ import main\n"
+        "found = []\n"
+        f"for arguments in {commands!r}:\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(said):\n"
+        "        code = main(['inspect', *arguments.split(), '--jobs', '1', '--json', 'rows.json'])\n"
+        "    found.append((code, said.getvalue(), json.load(open('rows.json'))))\n"
+        "json.dump(found, sys.stdout)\n"
+    )
+    done = run_compiling("-c", script, cwd=folder)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -177,16 +199,6 @@ def test_a_file_of_the_users_that_raises_is_one_line(content, message, tmp_path,
     path.write_text(content)
     with pytest.raises(command.InspectError, match=f"cannot import .*:kernel: {message}"):
         command._check_own(f"{path}:kernel", ())
-
-
-def test_one_shape_of_one_kernel(tmp_path):
-    rows = tmp_path / "rows.json"
-    arguments = ["gelu_forward", "--arch", "sm_80", "--shape", "rows=10", "width=7", "dtype=fp16"]
-    done = run_inspect(*arguments, "--json", rows, "--quiet")
-    assert done.returncode == 0 and done.stdout == ""
-    (row,) = json.loads(rows.read_text())
-    assert (row["case"], row["kernel"]) == ("gelu fp16-erf-10x7", "gelu_forward")
-    assert "memory 2.8e-07 GB" in row["bound"]
 
 
 def test_diff_with_the_commit_itself():
