@@ -227,8 +227,8 @@ def test_loss_is_float32_and_leaves_out_ignored_targets() -> None:
 
 def test_head_loss_is_the_loss_of_the_heads_logits(device: torch.device) -> None:
     """In float32 too, of a model in bfloat16, and with the same messages; fastattn's makes the logits in chunks."""
-    head = nn.Linear(8, 5, dtype=torch.bfloat16, device=device)
-    hidden = make_tensor(2, 3, 8, dtype=torch.bfloat16, device=device)
+    head = nn.Linear(2, 5, dtype=torch.bfloat16, device=device)
+    hidden = make_tensor(2, 3, 2, dtype=torch.bfloat16, device=device)
     targets = torch.tensor([[1, -100, 2], [-100, -100, 4]], device=device)
     chunked, whole = (head_loss(hidden, head, targets, name) for name in ("fastattn", "torch"))
     assert torch.equal(whole, token_loss(head(hidden), targets))
