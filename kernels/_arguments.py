@@ -160,14 +160,3 @@ def dropout_of(seed: Tensor | None, p: float) -> Dropout | None:
 
 def sequences_of(options: AttentionOptions) -> Sequences:
     return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, options.key_lengths)
-
-
-def window_of(options: AttentionOptions) -> dict[str, int | bool]:
-    """The kernels' arguments that say which keys a query sees."""
-    return {
-        "LEFT": options.left,
-        "RIGHT": options.right,
-        "HAS_LEFT": options.left >= 0,
-        "HAS_RIGHT": options.right >= 0,
-        "BOTTOM_RIGHT": options.bottom_right,
-    }

@@ -126,26 +126,30 @@ _ALIGNMENT = 16
 
 def fitting_config(
     config: AttentionConfig | None,
-    tensors: Sequence[Tensor],
+    described: bool,
     head_dim: int,
+    dtype: torch.dtype,
     target: Target,
     load: str,
-    asked: AttentionOptions,
 ) -> AttentionConfig:
-    """The config of a launch that reads these tensors: the given one or the shipped form's, if it can read them.
+    """The config of a launch: the given one or the shipped form's, if it can read the tensors.
 
-    Else that of "pointers", whatever was given: tiles for descriptors need not fit without.
+    Else that of "pointers", whatever was given: tiles for descriptors need not fit without. `described`: whether
+    descriptors can read the tensors, see `layout_reason`.
     """
-    dtype = tensors[0].dtype
     if config is None:
         config = select_attention_form(head_dim, dtype, target, load)
-    forms = {config.forward.form, config.dq.form, config.dk_dv.form}
-    if forms == {"pointers"}:
+    if not uses_descriptors(config):
         return config
     # With specialized warps, a loop that loads more than its rows is not known to compile.
-    if layout_reason(tensors, asked) is None and ("specialized" not in forms or load == "plain"):
+    specialized = "specialized" in (config.forward.form, config.dq.form, config.dk_dv.form)
+    if described and (load == "plain" or not specialized):
         return config
     return select_attention_config(head_dim, dtype, target, load)
+
+
+def uses_descriptors(config: AttentionConfig) -> bool:
+    return config.forward.descriptors or config.dq.descriptors or config.dk_dv.descriptors
 
 
 def _width(head_dim: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,11 @@ def empty_rows(tensor: Tensor) -> Tensor:
     It has the strides of `tensor` where these have neither holes nor overlaps and suit a kernel.
     """
     like = torch.empty_like(tensor)
-    return like if _has_rows(like) else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return (
+        like
+        if rows_readable(like.stride())
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    )
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
@@ -41,7 +47,8 @@ def empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself if a kernel can read its rows, else a contiguous copy."""
-    return tensor if _has_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+    readable = rows_readable(tensor.stride())
+    return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_broadcast(plane: Tensor, dim: int) -> bool:
@@ -57,9 +64,8 @@ def rows_too_far(plane: Tensor) -> bool:
     )
 
 
-def _has_rows(tensor: Tensor) -> bool:
+def rows_readable(strides: Sequence[int]) -> bool:
     """Whether the last dimension is contiguous and neighbouring rows lie less than 2^31 / 256 elements apart."""
-    strides = tensor.stride()
     return strides[-1] == 1 and strides[-2] < _MAX_ROW_STRIDE
 
 

@@ -1,7 +1,7 @@
 """Loads and stores of two-dimensional tiles, and which tiles of the score matrix a program visits.
 
 A tile's first row is found with 64-bit arithmetic, the elements within the tile with 32-bit: half the registers.
-The launchers copy a tensor whose rows lie too far apart for that (`fastattn.kernels._layout.rows_contiguous`).
+The launchers copy a tensor whose rows lie too far apart for that (`fastattn.kernels._layout.rows_readable`).
 
 The score matrix of a sequence is (SEQ_Q, SEQ_K). A schedule says which tiles have anything to compute and which of
 these need a mask; `_visible` says it of a single score. Both read the same rule, at this one place: query i sees key j

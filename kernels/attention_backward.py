@@ -23,10 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import rows_of
+from fastattn.kernels._arguments import rows_of, score_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
-from fastattn.kernels._attention_forms import fitting_config
-from fastattn.kernels._layout import block_d, empty_gradient, rows_contiguous
+from fastattn.kernels._attention_forms import layout_reason
+from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
+from fastattn.kernels._layout import empty_gradient
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
 from fastattn.kernels.attention_backward_dbias import launch_dbias
@@ -102,23 +103,31 @@ def attention_backward(
             gradient.zero_()  # rows of no sequence are no program's
         if not packed and asked.sinks is None:
             return dq, dk, dv, dbias, dsinks
-    q, k, v, out, dout = (rows_contiguous(t) for t in (q, k, v, out, dout))
-    lse = lse.contiguous()
-    target, load = _target.target_of(q.device), score_load(asked)
     if q.numel() == 0 or asked.sequences(q.size(0)) == 0:
         return dq, dk, dv, dbias, dsinks
-    config = fitting_config(config, (q, k, v, dout), max(q.size(3), v.size(3)), target, load, asked)
+    tensors = q, k, v, out, dout
+    layout = (
+        q.shape, v.shape, tuple([tensor.stride() for tensor in tensors]), q.dtype, score_load(asked),
+        reach_of(asked, q, k), config, _target.target_of(q.device),
+    )  # fmt: skip
+    plan = backward_plan(*layout)
+    q, k, v, out, dout = read_in_place(tensors, plan.in_place)
+    if plan.descriptors and layout_reason((q, k, v, dout), asked) is not None:
+        plan = backward_plan(*layout, described=False)
+    lse = lse.contiguous()
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
-        delta = _launch_delta(dout, dlse, out, lse, config) if any(needs[i] for i in (0, 1, 3, 4)) else lse
-        common = (dout, q, k, v, lse, delta, asked, config)
-        if needs[0] and asked.longest_q(q.size(2)) > 0:
-            launch_dq(dq, *common)
-        if asked.longest_k(k.size(2)) > 0:
-            for part_dk, part_dv in _dk_dv_launches(needs[1], needs[2], config):
-                launch_dk_dv(dk if part_dk else None, dv if part_dv else None, *common)
+        delta = (
+            _launch_delta(dout, dlse, out, lse, plan.delta) if any(needs[i] for i in (0, 1, 3, 4)) else lse
+        )
+        common = (dout, q, k, v, lse, delta, asked, score_of(asked, q))
+        if needs[0] and plan.dq.grid[0] > 0:
+            launch_dq(dq, *common, plan.dq)
+        if plan.dk_dv.grid[0] > 0:
+            for part_dk, part_dv in _dk_dv_launches(needs[1], needs[2], plan.separate_dk_dv):
+                launch_dk_dv(dk if part_dk else None, dv if part_dv else None, *common, plan.dk_dv)
         if dbias.numel() > 0:
-            launch_dbias(dbias, *common)
+            launch_dbias(dbias, *common, plan.dbias)
     if needs[4] and asked.sinks is not None:
         dsinks.copy_(sinks_gradient(asked.sinks, lse, delta))
     return dq, dk, dv, dbias, dsinks
@@ -130,24 +139,23 @@ def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(weights * delta).sum(dim=(0, 2))
 
 
-def _dk_dv_launches(needs_dk: bool, needs_dv: bool, config: AttentionConfig) -> list[tuple[bool, bool]]:
+def _dk_dv_launches(needs_dk: bool, needs_dv: bool, separate: bool) -> list[tuple[bool, bool]]:
     """Which of dk and dv each launch computes."""
-    if needs_dk and needs_dv and config.separate_dk_dv:
+    if needs_dk and needs_dv and separate:
         return [(True, False), (False, True)]
     return [(needs_dk, needs_dv)] if needs_dk or needs_dv else []
 
 
 def _launch_delta(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, config: AttentionConfig
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, launch: AttentionLaunch
 ) -> Tensor:
-    batch, heads, seq_q, v_dim = out.shape
-    delta = torch.empty((batch, heads, seq_q), device=out.device, dtype=torch.float32)
-    _attention_delta_kernel[(triton.cdiv(seq_q, config.delta.block_m) * heads * batch,)](
-        out=rows_of(out), dout=rows_of(dout),
+    delta = torch.empty_like(lse)
+    _attention_delta_kernel[launch.grid](
+        out=rows_of(out),
+        dout=rows_of(dout),
         dlse_ptr=None if dlse is None else dlse.contiguous(),
-        lse_ptr=lse, delta_ptr=delta,
-        HEADS=heads, SEQ_Q=seq_q,
-        V_DIM=v_dim, BLOCK_M=config.delta.block_m, BLOCK_V=block_d(v_dim),
-        num_warps=config.delta.num_warps,
-    )  # fmt: skip
+        lse_ptr=lse,
+        delta_ptr=delta,
+        **launch.constants,
+    )
     return delta

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import Plane, rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._attention_config import AttentionConfig
-from fastattn.kernels._layout import block_d
+from fastattn.kernels._arguments import Plane, Score, rows_of, sequences_of
+from fastattn.kernels._attention_plan import AttentionLaunch
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
@@ -212,25 +212,27 @@ def launch_dbias(
     lse: Tensor,
     delta: Tensor,
     asked: AttentionOptions,
-    config: AttentionConfig,
+    score: Score,
+    launch: AttentionLaunch,
 ) -> None:
-    batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     bias_batch, bias_heads, bias_q, bias_k = dbias.shape
-    tiles, sequences = config.dbias, asked.sequences(batch)
-    programs = (
-        triton.cdiv(bias_q, tiles.block_m) * triton.cdiv(bias_k, tiles.block_n) * bias_heads * bias_batch
-    )
+    tiles = launch.tiles
+    programs = ceil_div(bias_q, tiles.block_m) * ceil_div(bias_k, tiles.block_n) * bias_heads * bias_batch
     _attention_dbias_kernel[(programs,)](
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), dout=rows_of(dout),
+        q=rows_of(q),
+        k=rows_of(k),
+        v=rows_of(v),
+        dout=rows_of(dout),
         dbias=Plane(dbias, dbias.stride(0), dbias.stride(1), dbias.stride(2), dbias.stride(3), dbias.size(3)),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked),
-        SEQUENCES=sequences, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        BIAS_Q=bias_q, BIAS_K=bias_k,
-        MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=asked.longest_k(seq_k),
-        **window_of(asked),
-        ALL_BATCHES=bias_batch == 1, ALL_HEADS=bias_heads == 1, ALL_ROWS=bias_q == 1, ALL_KEYS=bias_k == 1,
-        HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d(head_dim), BLOCK_V=block_d(v_dim),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+        lse_ptr=lse,
+        delta_ptr=delta,
+        score=score,
+        sequences=sequences_of(asked),
+        BIAS_Q=bias_q,
+        BIAS_K=bias_k,
+        ALL_BATCHES=bias_batch == 1,
+        ALL_HEADS=bias_heads == 1,
+        ALL_ROWS=bias_q == 1,
+        ALL_KEYS=bias_k == 1,
+        **launch.constants,
+    )

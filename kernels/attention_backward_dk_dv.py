@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._attention_config import AttentionConfig
-from fastattn.kernels._layout import block_d
+from fastattn.kernels._arguments import Score, read_rows, rows_of, sequences_of
+from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
@@ -225,25 +224,26 @@ def launch_dk_dv(
     lse: Tensor,
     delta: Tensor,
     asked: AttentionOptions,
-    config: AttentionConfig,
+    score: Score,
+    launch: AttentionLaunch,
 ) -> None:
-    batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
-    tiles = config.dk_dv
+    tiles, grid, constants = launch
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
-    sequences, longest = asked.sequences(batch), asked.longest_k(seq_k)
-    grid = (triton.cdiv(longest, tiles.block_n) * kv_heads * sequences,)
-    width_k, width_v = block_d(head_dim), block_d(v_dim)
     _target.launcher(_attention_dk_dv_kernel, grid, q, tiles.form == "specialized")(
-        q=read_rows(q, tiles, tiles.block_m, width_k), dout=read_rows(dout, tiles, tiles.block_m, width_v),
-        k=rows_of(k), v=rows_of(v), dk=rows_of(dk), dv=rows_of(dv),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
-        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        MAX_SEQ_Q=asked.longest_q(seq_q), MAX_SEQ_K=longest,
-        **window_of(asked),
-        NEEDS_DK=needs_dk, NEEDS_DV=needs_dv, HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
-        **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+        q=read_rows(q, tiles, tiles.block_m, constants["BLOCK_D"]),
+        dout=read_rows(dout, tiles, tiles.block_m, constants["BLOCK_V"]),
+        k=rows_of(k),
+        v=rows_of(v),
+        dk=rows_of(dk),
+        dv=rows_of(dv),
+        lse_ptr=lse,
+        delta_ptr=delta,
+        score=score,
+        sequences=sequences_of(asked),
+        scale=asked.scale,
+        NEEDS_DK=needs_dk,
+        NEEDS_DV=needs_dv,
+        **constants,
+    )

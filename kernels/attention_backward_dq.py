@@ -7,9 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
-from fastattn.kernels._attention_config import AttentionConfig
-from fastattn.kernels._layout import block_d
+from fastattn.kernels._arguments import Score, read_rows, rows_of, sequences_of
+from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
@@ -172,23 +171,20 @@ def launch_dq(
     lse: Tensor,
     delta: Tensor,
     asked: AttentionOptions,
-    config: AttentionConfig,
+    score: Score,
+    launch: AttentionLaunch,
 ) -> None:
-    batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
-    tiles = config.dq
-    sequences, longest = asked.sequences(batch), asked.longest_q(seq_q)
-    grid = (triton.cdiv(longest, tiles.block_m) * heads * sequences,)
-    width_k, width_v = block_d(head_dim), block_d(v_dim)
+    tiles, grid, constants = launch
     _target.launcher(_attention_dq_kernel, grid, q, tiles.form == "specialized")(
         q=rows_of(q),
-        k=read_rows(k, tiles, tiles.block_n, width_k), v=read_rows(v, tiles, tiles.block_n, width_v),
-        dout=rows_of(dout), dq=rows_of(dq),
-        lse_ptr=lse, delta_ptr=delta, score=score_of(asked, q), sequences=sequences_of(asked), scale=asked.scale,
-        HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-        MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
-        **window_of(asked),
-        HEAD_DIM=head_dim, V_DIM=v_dim,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
-        **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+        k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),
+        v=read_rows(v, tiles, tiles.block_n, constants["BLOCK_V"]),
+        dout=rows_of(dout),
+        dq=rows_of(dq),
+        lse_ptr=lse,
+        delta_ptr=delta,
+        score=score,
+        sequences=sequences_of(asked),
+        scale=asked.scale,
+        **constants,
+    )

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of, window_of
+from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
-from fastattn.kernels._attention_forms import fitting_config
-from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
+from fastattn.kernels._attention_forms import layout_reason
+from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_place
+from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
@@ -187,36 +188,36 @@ def attention_forward(
         out (batch, heads, seq_q, v_dim), and lse (batch, heads, seq_q), float32, natural logarithm.
     """
     asked = AttentionOptions(*options)  # type: ignore[arg-type]
-    batch, heads, seq_q, head_dim = q.shape
-    kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     packed = asked.cu_seqlens_q is not None
     out = empty_out(q, v)
-    lse = torch.empty((batch, heads, seq_q), device=q.device, dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if packed or q.numel() == 0 or v.numel() == 0:
         # Rows of no sequence are no program's; without keys a row's lse is its sink.
         out.zero_()
         lse.fill_(float("-inf"))
         if not packed:
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    target, load = _target.target_of(q.device), score_load(asked)
-    tiles = fitting_config(config, (k, v), max(head_dim, v_dim), target, load, asked).forward
-    longest = asked.longest_q(seq_q)
-    grid = (triton.cdiv(longest, tiles.block_m) * heads * asked.sequences(batch),)
+    layout = (
+        q.shape, v.shape, (q.stride(), k.stride(), v.stride()), q.dtype, score_load(asked), reach_of(asked, q, k),
+        config, _target.target_of(q.device),
+    )  # fmt: skip
+    plan = forward_plan(*layout)
+    q, k, v = read_in_place((q, k, v), plan.in_place)
+    if plan.descriptors and layout_reason((k, v), asked) is not None:
+        plan = forward_plan(*layout, described=False)
+    tiles, grid, constants = plan.forward
     if grid[0] == 0:
         return out, lse
-    sinks = None if asked.sinks is None else asked.sinks.contiguous()
-    width_k, width_v = block_d(head_dim), block_d(v_dim)
     with _target.launching_on(q):
         _target.launcher(_attention_forward_kernel, grid, q, tiles.form == "specialized")(
-            q=rows_of(q), k=read_rows(k, tiles, tiles.block_n, width_k), v=read_rows(v, tiles, tiles.block_n, width_v),
-            out=rows_of(out), lse_ptr=lse,
-            score=score_of(asked, q), sequences=sequences_of(asked), sinks_ptr=sinks,
-            HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, SEQ_K=seq_k,
-            MAX_SEQ_Q=longest, MAX_SEQ_K=asked.longest_k(seq_k),
-            **window_of(asked),
-            HEAD_DIM=head_dim, V_DIM=v_dim,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=width_k, BLOCK_V=width_v,
-            **tiles.loop, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+            q=rows_of(q),
+            k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),
+            v=read_rows(v, tiles, tiles.block_n, constants["BLOCK_V"]),
+            out=rows_of(out),
+            lse_ptr=lse,
+            score=score_of(asked, q),
+            sequences=sequences_of(asked),
+            sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
+            **constants,
+        )
     return out, lse

@@ -83,7 +83,8 @@ def assert_same_bits(
     tensors = tuple(inputs[name] for name in ("q", "k", "v", "dout"))
     for variant in variants:
         config = config_of(VARIANTS[variant])
-        served = fitting_config(config, tensors, 16, INTERPRETER, score_load(options), options)
+        described = layout_reason(tensors, options) is None
+        served = fitting_config(config, described, 16, torch.bfloat16, INTERPRETER, score_load(options))
         assert (served is config) == (fits or variant == "one-loop")
         actual = run(inputs, options, config)
         for name, one, other in zip(RESULTS, actual, expected, strict=True):
@@ -211,11 +212,27 @@ def test_layouts_that_descriptors_cannot_read_are_right(device: torch.device) ->
     assert_same_bits(inputs, options_of(case), fits=False)
 
 
+def test_the_address_decides_anew_in_every_call(device: torch.device) -> None:
+    """The plan of a layout is kept, and descriptors read it or not: aligned, 2 bytes off, and aligned again."""
+    case = AttentionCase(1, 2, 1, 33, 40, 16, "bottom_right", dtype=torch.bfloat16)
+    aligned = case.inputs(device)
+    shifted = dict(aligned)
+    for name in ("k", "v"):
+        storage = torch.empty(aligned[name].numel() + 1, dtype=torch.bfloat16, device=device)
+        shifted[name] = storage[1:].view(aligned[name].shape).copy_(aligned[name])
+    options = options_of(case)
+    expected = run(aligned, options, None)
+    for inputs in (aligned, shifted, aligned):
+        for one, other in zip(
+            run(inputs, options, config_of(VARIANTS["descriptors"])), expected, strict=True
+        ):
+            assert torch.equal(one, other)
+
+
 def test_specialized_warps_are_for_plain_scores() -> None:
-    tensors, options = (torch.zeros(1, 1, 16, 16),), AttentionOptions(1.0)
     config = config_of(VARIANTS["specialized"])
-    assert fitting_config(config, tensors, 16, INTERPRETER, "plain", options) is config
-    assert fitting_config(config, tensors, 16, INTERPRETER, "plane", options) is not config
+    assert fitting_config(config, True, 16, torch.bfloat16, INTERPRETER, "plain") is config
+    assert fitting_config(config, True, 16, torch.bfloat16, INTERPRETER, "plane") is not config
 
 
 def test_forms_are_a_pure_function() -> None:

@@ -1,0 +1,197 @@
+"""What launches of attention take beside tensors: found once for each layout, kind of scores, dtype and target.
+
+A plan is kept, so it depends on no tensor and on no address. Descriptors do depend on addresses: a launcher asks
+`layout_reason` where a plan has any, and takes the plan without them if there is a reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
+from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
+from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import block_d, rows_readable
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._plan import planned
+from fastattn.kernels._target import Target
+
+
+class AttentionLaunch(NamedTuple):
+    """Of one kernel: its tiles, its grid, and its arguments that are no tensors."""
+
+    tiles: AttentionTiles
+    grid: tuple[int]
+    constants: dict[str, Any]
+
+
+class ForwardPlan(NamedTuple):
+    """How `attention_forward` launches, and which of q, k and v it reads where they lie."""
+
+    descriptors: bool
+    in_place: tuple[bool, ...]
+    forward: AttentionLaunch
+
+
+class BackwardPlan(NamedTuple):
+    """How `attention_backward` launches, and which of q, k, v, out and dout it reads where they lie."""
+
+    descriptors: bool
+    in_place: tuple[bool, ...]
+    delta: AttentionLaunch
+    dq: AttentionLaunch
+    dk_dv: AttentionLaunch
+    dbias: AttentionLaunch
+    separate_dk_dv: bool
+
+
+Strides = tuple[tuple[int, ...], ...]
+
+
+@planned
+def forward_plan(
+    shape_q: tuple[int, ...],
+    shape_v: tuple[int, ...],
+    strides: Strides,
+    dtype: torch.dtype,
+    load: str,
+    reach: tuple[Any, ...],
+    config: AttentionConfig | None,
+    target: Target,
+    described: bool = True,
+) -> ForwardPlan:
+    """The plan of tensors of these shapes and strides.
+
+    Args:
+        load: see `score_load`.
+        reach: see `reach_of`.
+        config: replaces the one chosen for the shape and target.
+        described: whether descriptors can read the tensors.
+    """
+    head_dim, v_dim = shape_q[3], shape_v[3]
+    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
+    sizes = _sizes(shape_q, shape_v, reach)
+    return ForwardPlan(
+        uses_descriptors(config),
+        tuple(rows_readable(of) for of in strides),
+        _by_queries(config.forward, shape_q[1], sizes, reach),
+    )
+
+
+@planned
+def backward_plan(
+    shape_q: tuple[int, ...],
+    shape_v: tuple[int, ...],
+    strides: Strides,
+    dtype: torch.dtype,
+    load: str,
+    reach: tuple[Any, ...],
+    config: AttentionConfig | None,
+    target: Target,
+    described: bool = True,
+) -> BackwardPlan:
+    """The plan of tensors of these shapes and strides; see `forward_plan`."""
+    batch, heads, seq_q, head_dim = shape_q
+    kv_heads, v_dim = shape_v[1], shape_v[3]
+    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
+    sizes = _sizes(shape_q, shape_v, reach)
+    sequences, _longest_q, longest_k = reach[3:]
+    dk_dv = config.dk_dv
+    return BackwardPlan(
+        uses_descriptors(config),
+        tuple(rows_readable(of) for of in strides),
+        AttentionLaunch(
+            config.delta,
+            (ceil_div(seq_q, config.delta.block_m) * heads * batch,),
+            {
+                "HEADS": heads, "SEQ_Q": seq_q, "V_DIM": v_dim,
+                "BLOCK_M": config.delta.block_m, "BLOCK_V": block_d(v_dim), "num_warps": config.delta.num_warps,
+            },
+        ),
+        _by_queries(config.dq, heads, sizes, reach),
+        AttentionLaunch(
+            dk_dv,
+            (ceil_div(longest_k, dk_dv.block_n) * kv_heads * sequences,),
+            {"KV_HEADS": kv_heads, **sizes, **_tiled(dk_dv), **dk_dv.loop},
+        ),
+        # The grid is of the bias, whose shape is not known here.
+        AttentionLaunch(
+            config.dbias, (0,), {"HEADS": heads, "SEQUENCES": sequences, **sizes, **_tiled(config.dbias)}
+        ),
+        config.separate_dk_dv,
+    )  # fmt: skip
+
+
+def reach_of(asked: AttentionOptions, q: Tensor, k: Tensor) -> tuple[Any, ...]:
+    """Which keys a query sees, and of which sequences, as numbers.
+
+    Returns:
+        left, right, bottom_right: those of the options.
+        sequences, longest_q, longest_k: how many sequences there are, and the rows of the longest.
+    """
+    batch, _, seq_q, _ = q.shape
+    return (
+        asked.left,
+        asked.right,
+        asked.bottom_right,
+        asked.sequences(batch),
+        asked.longest_q(seq_q),
+        asked.longest_k(k.size(2)),
+    )
+
+
+def read_in_place(tensors: tuple[Tensor, ...], in_place: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """What kernels read of the tensors: each itself, or a contiguous copy."""
+    if all(in_place):
+        return tensors
+    return tuple(
+        tensor if readable else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor, readable in zip(tensors, in_place, strict=True)
+    )
+
+
+def _by_queries(
+    tiles: AttentionTiles, heads: int, sizes: dict[str, Any], reach: tuple[Any, ...]
+) -> AttentionLaunch:
+    """The launch of a kernel whose programs each take a tile of queries."""
+    sequences, longest_q = reach[3:5]
+    return AttentionLaunch(
+        tiles,
+        (ceil_div(longest_q, tiles.block_m) * heads * sequences,),
+        {"HEADS": heads, **sizes, **_tiled(tiles), **tiles.loop},
+    )
+
+
+def _sizes(shape_q: tuple[int, ...], shape_v: tuple[int, ...], reach: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of kernels that are of the call and not of the tiles."""
+    _, heads, seq_q, head_dim = shape_q
+    _, kv_heads, seq_k, v_dim = shape_v
+    left, right, bottom_right, _, longest_q, longest_k = reach
+    return {
+        "GROUPS": heads // kv_heads,
+        "SEQ_Q": seq_q,
+        "SEQ_K": seq_k,
+        "MAX_SEQ_Q": longest_q,
+        "MAX_SEQ_K": longest_k,
+        "LEFT": left,
+        "RIGHT": right,
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "BOTTOM_RIGHT": bottom_right,
+        "HEAD_DIM": head_dim,
+        "V_DIM": v_dim,
+        "BLOCK_D": block_d(head_dim),
+        "BLOCK_V": block_d(v_dim),
+    }
+
+
+def _tiled(tiles: AttentionTiles) -> dict[str, int]:
+    return {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
