@@ -265,7 +265,7 @@ def cross_entropy_forward(
     with _target.launching_on(logits):
         _reduce_losses_kernel[(1,)](
             losses_ptr=losses,
-            target_ptr=target,
+            target_ptr=target.contiguous(),
             loss_ptr=loss,
             kept_ptr=kept,
             ROWS=losses.numel(),
