@@ -260,9 +260,17 @@ def cross_entropy_forward(
     )  # fmt: skip
     if reduction == "none":
         return losses, statistics, statistics.new_empty(0)
-    loss = logits.new_empty((), dtype=loss_dtype)
-    kept = torch.empty_like(loss, dtype=torch.float32)
-    with _target.launching_on(logits):
+    loss, kept = reduce_losses(losses, target, ignore_index, reduction == "mean", loss_dtype)
+    return loss, statistics, kept
+
+
+def reduce_losses(
+    losses: Tensor, target: Tensor, ignore_index: int, mean: bool, loss_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum or the mean of the losses of rows, in `loss_dtype`, and the number of rows that are kept, in float32."""
+    loss = losses.new_empty((), dtype=loss_dtype)
+    kept = losses.new_empty(())
+    with _target.launching_on(losses):
         _reduce_losses_kernel[(1,)](
             losses_ptr=losses,
             target_ptr=target.contiguous(),
@@ -270,11 +278,11 @@ def cross_entropy_forward(
             kept_ptr=kept,
             ROWS=losses.numel(),
             ignore_index=ignore_index,
-            MEAN=reduction == "mean",
+            MEAN=mean,
             BLOCK=_REDUCE_BLOCK,
             num_warps=8,
         )
-    return loss, statistics, kept
+    return loss, kept
 
 
 def cross_entropy_of_chunk(
