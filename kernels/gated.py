@@ -40,7 +40,7 @@ def _gated_forward_kernel(
     rows, columns, inside = _tile_of(tl.program_id(0), ROWS, WIDTH, BLOCK_M, BLOCK_N)
     value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)  # (BLOCK_M, BLOCK_N)
     gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
-    _store_tile(y_ptr + rows[:, None] * WIDTH, value * _activate(gate, ACTIVATION), columns, inside)
+    _store_tile(y_ptr + rows[:, None] * WIDTH, value * _activate(gate, ACTIVATION, y_ptr.dtype.element_ty), columns, inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -73,11 +73,11 @@ def _gated_backward_kernel(
     dy = _load_tile(dy_ptr + rows[:, None] * stride_dym, columns, inside)  # (BLOCK_M, BLOCK_N)
     gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
     if dvalue_ptr is not None:
-        dvalue = dy * _activate(gate, ACTIVATION)
+        dvalue = dy * _activate(gate, ACTIVATION, gate_ptr.dtype.element_ty)
         _store_tile(dvalue_ptr + rows[:, None] * stride_dvm, dvalue, columns, inside)
     if dgate_ptr is not None:
         value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)
-        dgate = _through_activation(dy * value, gate, ACTIVATION)
+        dgate = _through_activation(dy * value, gate, ACTIVATION, gate_ptr.dtype.element_ty)
         _store_tile(dgate_ptr + rows[:, None] * stride_dgm, dgate, columns, inside)
 
 

@@ -20,7 +20,16 @@ from benchmarks.cases import (
     RMSNormCase,
     RotaryCase,
 )
-from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
+from benchmarks.inspection.bounds import (
+    DEVICES,
+    bound_of,
+    issue_ms,
+    needed_in_flight,
+    occupancy,
+    programs_per_multiprocessor,
+    tile_of,
+    work_of,
+)
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import Binary, MachineCode, binary_of, read_machine_codes
 from fastattn.kernels._attention_config import score_load
@@ -36,7 +45,14 @@ DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
 
 @dataclass(frozen=True)
 class InspectionRow:
-    """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times."""
+    """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times.
+
+    Attributes:
+        in_flight: bytes of loads that a multiprocessor full of programs waits for at a time, over what the memory's
+            bandwidth needs (`needed_in_flight`); 0 where it is not read.
+        an_element: instructions of the loop, or without one of all the code, for each element; 0 for products.
+        issue: the time to start these over the launch's bound.
+    """
 
     case: str
     arch: str
@@ -66,6 +82,10 @@ class InspectionRow:
     bound_by: str = ""
     bound: str = ""
     error: str = ""
+    thread_bytes: int = 0
+    in_flight: float = 0.0
+    an_element: float = 0.0
+    issue: float = 0.0
 
 
 def shipped_cases() -> list[OpCase]:
@@ -152,6 +172,7 @@ class Compiled:
 
     row: InspectionRow
     binary: Binary | None = None
+    elements: tuple[int, float] = (0, 0.0)
 
 
 def compile_case(
@@ -306,23 +327,31 @@ def compile_row(case: str, arch: str, launch: Launch) -> Compiled:
     if work.bytes:
         bound = bound_of(work, arch)
         row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
-    return Compiled(row, binary)
+    return Compiled(row, binary, tile_of(launch))
 
 
 def read_rows(compiled: Sequence[Compiled]) -> list[InspectionRow]:
     """The rows with what is read from the machine code, in order; all are read at once, which takes little longer."""
     codes = iter(read_machine_codes([one.binary for one in compiled if one.binary is not None]))
-    return [one.row if one.binary is None else _with_code(one.row, next(codes)) for one in compiled]
+    return [one.row if one.binary is None else _with_code(one, next(codes)) for one in compiled]
 
 
-def _with_code(row: InspectionRow, code: MachineCode) -> InspectionRow:
+def _with_code(compiled: Compiled, code: MachineCode) -> InspectionRow:
+    row = compiled.row
     counts = asdict(code)
     del counts["warps"]
+    programs = programs_per_multiprocessor(code, row.arch)
+    threads = code.warps * DEVICES[row.arch].threads_of_a_warp
+    elements, of_a_tile = compiled.elements
+    an_element = (code.loop_instructions or code.instructions) * threads / of_a_tile if of_a_tile else 0.0
     return replace(
         row,
         **counts,
-        programs=programs_per_multiprocessor(code, row.arch),
+        programs=programs,
         occupancy=occupancy(code, row.arch),
+        in_flight=code.thread_bytes * threads * programs / needed_in_flight(row.arch),
+        an_element=an_element,
+        issue=issue_ms(elements, an_element, row.arch) / row.bound_ms if row.bound_ms else 0.0,
     )
 
 
