@@ -198,7 +198,7 @@ def power_of_2(size: int) -> int:
 
 def warps_of(count: int, target: Target) -> int:
     """Warps of 32 threads, as this target's number of warps: AMD's hold 64."""
-    return count // 2 if target.backend == "hip" else count
+    return max(count // 2, 1) if target.backend == "hip" else count
 
 
 def walk_grid(rows: int, width: int, block_m: int, block_n: int, programs: int) -> tuple[int, int, int]:

@@ -19,11 +19,17 @@ from fastattn.kernels._loss_config import (
     rows_plan,
     select_cross_entropy_forward_config,
 )
-from fastattn.kernels._math import _exact_tanh
+from fastattn.kernels._math import LOG2_E, _exact_tanh
 from fastattn.kernels._norm_tiles import _multiple_of
 
 # What one program adds up at a time; the sums of a loss are small beside its logits.
 _REDUCE_BLOCK = 4096
+
+
+@triton.jit
+def _exp(x):
+    """exp of what is at most 0, in two instructions; tl.exp takes three more to keep results below 2^-126."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -74,7 +80,7 @@ def _row_statistics(
         new_max = tl.maximum(row_max, tl.max(x, 1))
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         x -= pivot[:, None]
-        row_sum = row_sum * tl.exp(row_max - pivot) + tl.sum(tl.exp(x), 1)
+        row_sum = row_sum * _exp(row_max - pivot) + tl.sum(_exp(x), 1)
         row_max = new_max
         if SUMS:
             # What was summed relative to the old pivot moves by the distance of the two, once for each class.
@@ -104,7 +110,7 @@ def _write_gradient(
     zeros, and `share` is None where there is none.
     """
     x = _load_logits(row_ptrs, columns, inside, softcap)
-    gradient = tl.exp((x - pivot[:, None]) - log_sum[:, None]) * of_softmax[:, None]
+    gradient = _exp((x - pivot[:, None]) - log_sum[:, None]) * of_softmax[:, None]
     gradient -= tl.where(columns[None, :] == target[:, None], of_target[:, None], 0.0)
     if share is not None:
         gradient -= share[:, None]

@@ -19,6 +19,7 @@ from benchmarks.cases import (
     OpCase,
     RMSNormCase,
     RotaryCase,
+    SwigluCase,
 )
 from benchmarks.inspection.bounds import (
     DEVICES,
@@ -223,7 +224,7 @@ def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
     residual_dtype = None if residual is None else residual.dtype
     p = case.dropout_p if isinstance(case, AddLayerNormCase) else 0.0
     seed = torch.empty(2, dtype=torch.int64, device="meta") if p else None
-    centered, float32 = case.operation != "rms_norm", torch.float32
+    centered, float32 = case.parameters == 2, torch.float32
     weight = torch.empty(case.width, device="meta") if case.affine else None  # float32, as in mixed precision
     bias = weight if centered else None
     y, h, mean, rstd = norm_forward(
@@ -252,12 +253,13 @@ def _launch_bias_gelu(case: BiasGeluCase) -> None:
     bias_activation_backward(y, x, bias, GELU_FORMS[case.approximate], True, bias.dtype, False)
 
 
-def _launch_geglu(case: GegluCase) -> None:
+def _launch_gated(case: GegluCase | SwigluCase) -> None:
     from fastattn.kernels.gated import gated_forward, gated_packed_backward
 
     x = case.inputs("meta")[0].detach()
-    y = gated_forward(*halves(x, False), GELU_FORMS[case.approximate])
-    gated_packed_backward(y, x, GELU_FORMS[case.approximate], False)
+    activation = "silu" if isinstance(case, SwigluCase) else GELU_FORMS[case.approximate]
+    y = gated_forward(*halves(x, False), activation)
+    gated_packed_backward(y, x, activation, False)
 
 
 def _launch_mlp(case: MlpCase) -> None:
@@ -296,9 +298,11 @@ _LAUNCH: dict[str, Callable[..., None]] = {
     "layer_norm": _launch_norm,
     "rms_norm": _launch_norm,
     "add_layer_norm": _launch_norm,
+    "add_rms_norm": _launch_norm,
     "gelu": _launch_gelu,
     "bias_gelu": _launch_bias_gelu,
-    "geglu": _launch_geglu,
+    "geglu": _launch_gated,
+    "swiglu": _launch_gated,
     "mlp": _launch_mlp,
     "rotary": _launch_rotary,
     "loss": _launch_loss,
