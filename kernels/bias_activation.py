@@ -131,7 +131,7 @@ def bias_activation_forward(
     y = empty_contiguous(x)
     if x.numel() == 0:
         return y
-    plan = tile_plan(x.shape, (x.stride(),), config, _target.target_of(x.device))
+    plan = tile_plan(x.shape, (x.stride(),), x.dtype, 1, config, _target.target_of(x.device))
     with _target.launching_on(x):
         _bias_activation_forward_kernel[plan.grid](
             x_ptr=plan.read(0, x),

@@ -94,7 +94,8 @@ def gated_forward(
     y = empty_contiguous(value)
     if y.numel() == 0:
         return y
-    plan = tile_plan(value.shape, (value.stride(), gate.stride()), config, _target.target_of(value.device))
+    strides = (value.stride(), gate.stride())
+    plan = tile_plan(value.shape, strides, value.dtype, 2, config, _target.target_of(value.device))
     with _target.launching_on(value):
         _gated_forward_kernel[plan.grid](
             value_ptr=plan.read(0, value),
@@ -135,7 +136,7 @@ def _launch_backward(
     if dy.numel() == 0 or (dvalue is None and dgate is None):
         return
     strides = [None if t is None else t.stride() for t in (dy, value, gate, dvalue, dgate)]
-    plan = tile_plan(dy.shape, tuple(strides), None, _target.target_of(value.device))
+    plan = tile_plan(dy.shape, tuple(strides), value.dtype, 3, None, _target.target_of(value.device))
     with _target.launching_on(value):
         _gated_backward_kernel[plan.grid](
             dy_ptr=plan.read(0, dy),

@@ -43,7 +43,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return y
     x = _in_layout_of(y, x)
-    config = select_gelu_config(_target.target_of(x.device))
+    config = select_gelu_config(x.dtype, 1, _target.target_of(x.device))
     with _target.launching_on(x):
         _gelu_forward_kernel[(ceil_div(x.numel(), config.block),)](
             x_ptr=x,
@@ -62,7 +62,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return dx
     x, dy = _in_layout_of(dx, x), _in_layout_of(dx, dy)
-    config = select_gelu_config(_target.target_of(x.device))
+    config = select_gelu_config(x.dtype, 2, _target.target_of(x.device))
     with _target.launching_on(x):
         _gelu_backward_kernel[(ceil_div(x.numel(), config.block),)](
             dy_ptr=dy,

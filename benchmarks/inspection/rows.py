@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 
 import torch
 
@@ -49,7 +50,7 @@ class InspectionRow:
     """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times.
 
     Attributes:
-        in_flight: bytes of loads that a multiprocessor full of programs waits for at a time, over what the memory's
+        in_flight: bytes of loads that a multiprocessor's programs wait for at a time, over what the memory's
             bandwidth needs (`needed_in_flight`); 0 where it is not read.
         an_element: instructions of the loop, or without one of all the code, for each element; 0 for products.
         issue: the time to start these over the launch's bound.
@@ -174,6 +175,7 @@ class Compiled:
     row: InspectionRow
     binary: Binary | None = None
     elements: tuple[int, float] = (0, 0.0)
+    grid: int = 0
 
 
 def compile_case(
@@ -331,7 +333,7 @@ def compile_row(case: str, arch: str, launch: Launch) -> Compiled:
     if work.bytes:
         bound = bound_of(work, arch)
         row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
-    return Compiled(row, binary, tile_of(launch))
+    return Compiled(row, binary, tile_of(launch), prod(launch.grid))
 
 
 def read_rows(compiled: Sequence[Compiled]) -> list[InspectionRow]:
@@ -347,13 +349,15 @@ def _with_code(compiled: Compiled, code: MachineCode) -> InspectionRow:
     programs = programs_per_multiprocessor(code, row.arch)
     threads = code.warps * DEVICES[row.arch].threads_of_a_warp
     elements, of_a_tile = compiled.elements
+    # A grid may leave a multiprocessor fewer than it could hold.
+    there = min(programs, -(-compiled.grid // KNOWN_TARGETS[row.arch].multiprocessors))
     an_element = (code.loop_instructions or code.instructions) * threads / of_a_tile if of_a_tile else 0.0
     return replace(
         row,
         **counts,
         programs=programs,
         occupancy=occupancy(code, row.arch),
-        in_flight=code.thread_bytes * threads * programs / needed_in_flight(row.arch),
+        in_flight=code.thread_bytes * threads * there / needed_in_flight(row.arch),
         an_element=an_element,
         issue=issue_ms(elements, an_element, row.arch) / row.bound_ms if row.bound_ms else 0.0,
     )

@@ -20,6 +20,7 @@ from fastattn.kernels._loss_config import (
 from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
+from fastattn.kernels._partials_config import select_partial_sums_config
 from fastattn.kernels._pointwise_config import (
     GeluConfig,
     select_gelu_config,
@@ -59,8 +60,9 @@ _WIDTHS = (
 _ALIGNED = tuple(product(_WIDTHS, (1, 2, 4, 8, 16), (BF16, FP16, FP32)))
 # Arguments before the target, as calls give them.
 CALLS = {
-    select_gelu_config: [()],
-    select_tile_config: [(width,) for width in _WIDTHS],
+    select_gelu_config: list(product((BF16, FP16, FP32), (1, 2))),
+    select_tile_config: [(*call, tensors) for call in _ALIGNED for tensors in (1, 2, 3)],
+    select_partial_sums_config: [(width,) for width in _WIDTHS],
     select_walk_config: _ALIGNED,
     select_norm_forward_config: [(*call, heavy) for call in _ALIGNED for heavy in (False, True)],
     select_norm_backward_config: [
@@ -70,7 +72,9 @@ CALLS = {
     ],
     select_cross_entropy_forward_config: _ALIGNED,
     select_cross_entropy_backward_config: _ALIGNED,
-    select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128))),
+    select_rotary_config: list(
+        product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))
+    ),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
 }
@@ -148,11 +152,11 @@ def test_measured_ones_are_of_their_key_and_architecture_alone():
 
 def test_the_interpreter_has_no_measured_ones():
     """Whatever a table holds: its tiles are small so that tests reach several of them."""
-    table = {"select_gelu_config": {("interpreter",): entry_of(GeluConfig(64, 1))}}
+    table = {"select_gelu_config": {("interpreter", 16, 1): entry_of(GeluConfig(64, 1))}}
     with measured_configs(table, RUN):
-        assert select_gelu_config(INTERPRETER) == GeluConfig(1024, 4)
+        assert select_gelu_config(BF16, 1, INTERPRETER) == GeluConfig(1024, 4)
         with forced_config(select_gelu_config, GeluConfig(64, 1)):
-            assert select_gelu_config(INTERPRETER) == GeluConfig(64, 1)
+            assert select_gelu_config(BF16, 1, INTERPRETER) == GeluConfig(64, 1)
 
 
 def test_programs_of_a_walk_follow_the_multiprocessors():
