@@ -66,8 +66,10 @@ def identity_of(launch: Launch) -> str:
     return f"{launch.name} {launch.grid} {tree_map(described, launch.arguments)}"
 
 
-def distinct(compilations: Iterable[Compilation]) -> tuple[list[Compilation], set[str]]:
-    """The first of those that launch the same, without those that launch nothing else than now; changed kernels."""
+def distinct(
+    compilations: Iterable[Compilation], most: int = MOST_CANDIDATES
+) -> tuple[list[Compilation], set[str]]:
+    """The first `most` of those that launch the same, without those that launch nothing else than now; changed kernels."""
     found: list[Compilation] = []
     seen: set[frozenset[str]] = set()
     kernels: set[str] = set()
@@ -82,7 +84,7 @@ def distinct(compilations: Iterable[Compilation]) -> tuple[list[Compilation], se
             seen.add(identity)
             found.append(compilation)
             kernels |= {launch.name for _, launch in changed.values()}
-        if len(found) == MOST_CANDIDATES:
+        if len(found) == most:
             break
     return found, kernels
 
