@@ -48,7 +48,7 @@ def tune(chosen: argparse.Namespace, console: Console, progress: Progress) -> in
     device = torch.device("cuda")
 
     def make_bench(task: Task) -> Bench:
-        return CaseBench(task.select, task.cases, device)
+        return CaseBench(task.select, task.cases, device, key=task.key)
 
     results, late = search_all(tasks, target, described, out, chosen, progress, make_bench)
     report(results, late, described, out, console, chosen.write)

@@ -15,7 +15,7 @@ from benchmarks.cases import OpCase
 from benchmarks.inspection import InspectionRow, Launch, launches_of
 from benchmarks.inspection.rows import Compiled, compile_row, faults, read_rows
 from benchmarks.measure import first_line
-from fastattn.kernels._config import forced_config
+from fastattn.kernels._config import Key, forced_config
 
 # Of one part; the nearest to the config of now are kept.
 MOST_CANDIDATES = 24
@@ -23,13 +23,14 @@ MOST_CANDIDATES = 24
 
 @dataclass(frozen=True)
 class Compilation:
-    """The kernels that a candidate changes, beside the config of now, in a call of each case."""
+    """The kernels that a candidate for a key changes, beside the config of now, in a call of each case."""
 
     arch: str
     select: str
     current: Any
     candidate: Any
     cases: tuple[OpCase, ...]
+    key: Key | None = None
 
     def changed(self) -> dict[str, tuple[str, Launch]]:
         """What the candidate launches and the config of now does not: the case's name and the launch, by identity."""
@@ -49,7 +50,7 @@ class Compilation:
         return [compile_row(case, self.arch, launch) for case, launch in changed.values()]
 
     def _launches(self, case: OpCase, config: Any) -> dict[str, Launch]:
-        with forced_config(self.select, config):
+        with forced_config(self.select, config, self.key):
             return {identity_of(launch): launch for launch in launches_of(case, self.arch)}
 
 

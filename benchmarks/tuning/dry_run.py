@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,14 @@ def dry_run(
         for part in spaces.parts(task.config):
             tried = spaces.candidates(task.config, part, target, task.columns, task.starts)
             found, _ = distinct(
-                (Compilation(target.name, task.select, task.config, new, task.cases) for new in tried), most
+                (
+                    Compilation(target.name, task.select, task.config, new, task.cases, task.key)
+                    for new in tried
+                ),
+                most,
             )
             if found:  # the config of now is what the first candidate is not
-                now = Compilation(target.name, task.select, found[0].candidate, task.config, task.cases)
+                now = replace(found[0], current=found[0].candidate, candidate=task.config)
                 jobs += [(task, part, job) for job in (now, *found)]
     with progress(float(len(jobs))) as advance, Compiler(processes) as compiler:
         rows = compiler(

@@ -149,7 +149,8 @@ class Search:
     def _part(self, task: Task, config: Any, part: str, bench: Bench) -> tuple[PartResult, Any, set[str]]:
         tried = spaces.candidates(config, part, self.target, task.columns, task.starts)
         jobs, kernels = distinct(
-            (Compilation(self.target.name, task.select, config, new, task.cases) for new in tried), self.most
+            (Compilation(self.target.name, task.select, config, new, task.cases, task.key) for new in tried),
+            self.most,
         )
         now = spaces.label(config, part)
         self.advance(f"{task.label} {part}: {len(jobs)} candidates")
