@@ -40,8 +40,8 @@ _LOG2_TAIL = tl.constexpr(
 def _normal_cdf(x, DTYPE: tl.constexpr):
     """Phi(x) for results that are rounded to DTYPE.
 
-    In 16 bits one exponential of a polynomial: half the instructions of the compilers' erf, whose two polynomials choose
-    each coefficient by a move of its own, and no cancellation where x is negative.
+    In 16 bits one exponential of a polynomial: less than half the instructions of the compilers' erf, whose two
+    polynomials choose each coefficient by a move of its own, and no cancellation where x is negative.
     """
     if DTYPE.primitive_bitwidth == 16:
         distance = tl.abs(x)

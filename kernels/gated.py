@@ -40,7 +40,8 @@ def _gated_forward_kernel(
     rows, columns, inside = _tile_of(tl.program_id(0), ROWS, WIDTH, BLOCK_M, BLOCK_N)
     value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)  # (BLOCK_M, BLOCK_N)
     gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
-    _store_tile(y_ptr + rows[:, None] * WIDTH, value * _activate(gate, ACTIVATION, y_ptr.dtype.element_ty), columns, inside)
+    y = value * _activate(gate, ACTIVATION, y_ptr.dtype.element_ty)
+    _store_tile(y_ptr + rows[:, None] * WIDTH, y, columns, inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])

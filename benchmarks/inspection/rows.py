@@ -157,7 +157,7 @@ def is_telling(case: OpCase, arch: str) -> bool:
         return arch == "sm_90"
     if arch == "gfx942":
         narrow = isinstance(case, LayerNormCase) and case.width < 4096
-        small = isinstance(case, LossCase) and not (case.vocabulary == 50_304 and case.everything)
+        small = isinstance(case, LossCase) and not (case.vocabulary == 50_304 and case.all_options)
         return not (narrow or small)
     return True
 
@@ -289,10 +289,11 @@ def _launch_loss(case: LossCase) -> None:
 
     logits = case.inputs("meta")[0].detach()
     target = torch.empty(case.rows, dtype=torch.int64, device="meta")
-    options = (-100, "mean", *((0.1, 1e-4, 30.0) if case.everything else (0.0, 0.0, None)))
+    smoothing, z_loss, softcap = (0.1, 1e-4, 30.0) if case.all_options else (0.0, 0.0, None)
+    options = (-100, "mean", smoothing, z_loss, softcap)
     loss, statistics, kept = cross_entropy_forward(logits, target, *options, logits.dtype, False)
     cross_entropy_backward(loss, None, logits, target, statistics, kept, *options)
-    cross_entropy_of_chunk(logits, target, None, statistics[0], *options[:1], *options[2:], True)
+    cross_entropy_of_chunk(logits, target, None, statistics[0], -100, smoothing, z_loss, softcap, True)
 
 
 _LAUNCH: dict[str, Callable[..., None]] = {

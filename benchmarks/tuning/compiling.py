@@ -70,7 +70,7 @@ def identity_of(launch: Launch) -> str:
 def distinct(
     compilations: Iterable[Compilation], most: int = MOST_CANDIDATES
 ) -> tuple[list[Compilation], set[str]]:
-    """The first `most` of those that launch the same, without those that launch nothing else than now; changed kernels."""
+    """`most` of them: the first of those that launch the same, and none that launches as now; and what they change."""
     found: list[Compilation] = []
     seen: set[frozenset[str]] = set()
     kernels: set[str] = set()

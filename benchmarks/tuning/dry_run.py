@@ -90,8 +90,8 @@ def _candidates_table(
     return found
 
 
-# Of a candidate's kernels the worst of each: programs and the share of warps on a multiprocessor, bytes of loads in flight
-# there over what the bandwidth needs, instructions an element, and the time to start them over that of the memory.
+# Of a candidate's kernels the worst of each: programs and the share of warps on a multiprocessor, bytes of loads in
+# flight there over what the bandwidth needs, instructions an element, and the time to start them over the memory's.
 _COUNTS = ("regs", "spills", "shared", "progs", "occup.", "in flight", "/ elem.", "issue")
 
 

@@ -67,7 +67,9 @@ def candidates(
             if start != value:
                 near.append([start, *candidates(start, TILE, target, columns)])
         # In turn, so that no start is left out where there are more than can be timed.
-        tried = dict.fromkeys(new for of_all in zip_longest(*near) for new in of_all if new not in (None, value))
+        tried = dict.fromkeys(
+            new for of_all in zip_longest(*near) for new in of_all if new not in (None, value)
+        )
         return [replace(config, **{part: new}) for new in tried]
     if part != TILE:
         return [replace(config, **{part: new}) for new in _choices(part, value, target) if new != value]

@@ -11,6 +11,7 @@ import torch
 
 from fastattn.kernels import _config
 from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_forms import fitting_config, select_attention_form
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
 from fastattn.kernels._loss_config import (
@@ -20,6 +21,7 @@ from fastattn.kernels._loss_config import (
 from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
+from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._partials_config import select_partial_sums_config
 from fastattn.kernels._pointwise_config import (
     GeluConfig,
@@ -72,9 +74,7 @@ CALLS = {
     ],
     select_cross_entropy_forward_config: _ALIGNED,
     select_cross_entropy_backward_config: _ALIGNED,
-    select_rotary_config: list(
-        product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))
-    ),
+    select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
 }
@@ -113,7 +113,8 @@ def test_forced_before_measured_before_modelled(select):
     first = fields(modelled)[0].name
     other = {key: value * 2 for key, value in asdict(modelled).items() if isinstance(value, int)}
     if is_dataclass(getattr(modelled, first)):
-        other = {first: {key: value * 2 for key, value in asdict(modelled)[first].items()}}
+        numbers = {key: value * 2 for key, value in asdict(modelled)[first].items() if isinstance(value, int)}
+        other = {first: asdict(modelled)[first] | numbers}
     table = {select.__name__: {key_of(select, *call): entry_of(modelled, **other)}}
     with measured_configs(table, RUN):
         measured = select(*call)
@@ -226,3 +227,28 @@ def test_the_shipped_table_is_whole():
             assert key[0] in KNOWN_TARGETS and entry.run in RUNS
             assert entry.ms < entry.replaced_ms and entry.cases
             assert asdict(_config.with_fields(samples[name], entry.config)) == entry.config
+
+
+def test_a_forced_config_can_be_of_one_key():
+    """A call may ask for two keys, forward and backward, and tuning changes one of them."""
+    with forced_config(select_gelu_config, GeluConfig(32, 1), ("sm_90", 16, 1)):
+        assert select_gelu_config(BF16, 1, H200) == GeluConfig(32, 1)
+        for other in ((BF16, 2, H200), (FP32, 1, H200), (BF16, 1, KNOWN_TARGETS["sm_80"])):
+            assert select_gelu_config(*other) != GeluConfig(32, 1)
+    assert select_gelu_config(BF16, 1, H200) != GeluConfig(32, 1)
+
+
+def test_a_measured_form_of_attentions_loop_is_chosen_and_falls_back():
+    """To the modelled tiles of pointers where descriptors cannot read the rows: the entry is of another form."""
+    modelled = select_attention_config(128, BF16, H200)
+    new = select_attention_form(128, BF16, H200, form="descriptors")
+    table = {"select_attention_config": {("sm_90", 16, 128, "plain"): entry_of(new)}}
+    q = torch.empty(1, 2, 64, 128, dtype=BF16)
+    odd = torch.empty(1, 2, 64, 129, dtype=BF16)[..., :128]
+    asked = AttentionOptions(1.0)
+    with measured_configs(table, RUN):
+        assert fitting_config(None, (q, q, q), 128, H200, "plain", asked) == new
+        assert fitting_config(None, (q, odd, q), 128, H200, "plain", asked) == modelled
+        packed = asked._replace(key_lengths=torch.ones(1, dtype=torch.int32))
+        assert fitting_config(None, (q, q, q), 128, H200, "plain", packed) == modelled
+    assert fitting_config(None, (q, q, q), 128, H200, "plain", asked) == modelled
