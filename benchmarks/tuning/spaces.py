@@ -75,8 +75,8 @@ def candidates(
         return [replace(config, **{part: new}) for new in _choices(part, value, target) if new != value]
     names = [name for name in _tile_fields(config) if name not in _ALONE]
     options = [_choices(name, getattr(config, name), target) for name in names]
-    tried = [replace(config, **dict(zip(names, values, strict=True))) for values in product(*options)]
-    tried = [new for new in tried if new != config and _makes_sense(new, config, target, columns)]
+    made = (replace(config, **dict(zip(names, values, strict=True))) for values in product(*options))
+    tried = [new for new in made if new != config and _makes_sense(new, config, target, columns)]
     return sorted(tried, key=lambda new: _distance(new, config, names))
 
 
