@@ -76,8 +76,8 @@ def candidates(
     names = [name for name in _tile_fields(config) if name not in _ALONE]
     options = [_choices(name, getattr(config, name), target) for name in names]
     made = (replace(config, **dict(zip(names, values, strict=True))) for values in product(*options))
-    tried = [new for new in made if new != config and _makes_sense(new, config, target, columns)]
-    return sorted(tried, key=lambda new: _distance(new, config, names))
+    sensible = [new for new in made if new != config and _makes_sense(new, config, target, columns)]
+    return sorted(sensible, key=lambda new: _distance(new, config, names))
 
 
 def part_of(config: Any, part: str) -> Any:

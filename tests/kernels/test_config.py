@@ -21,7 +21,6 @@ from fastattn.kernels._loss_config import (
 from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
-from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._partials_config import select_partial_sums_config
 from fastattn.kernels._pointwise_config import (
     GeluConfig,
@@ -243,12 +242,8 @@ def test_a_measured_form_of_attentions_loop_is_chosen_and_falls_back():
     modelled = select_attention_config(128, BF16, H200)
     new = select_attention_form(128, BF16, H200, form="descriptors")
     table = {"select_attention_config": {("sm_90", 16, 128, "plain"): entry_of(new)}}
-    q = torch.empty(1, 2, 64, 128, dtype=BF16)
-    odd = torch.empty(1, 2, 64, 129, dtype=BF16)[..., :128]
-    asked = AttentionOptions(1.0)
     with measured_configs(table, RUN):
-        assert fitting_config(None, (q, q, q), 128, H200, "plain", asked) == new
-        assert fitting_config(None, (q, odd, q), 128, H200, "plain", asked) == modelled
-        packed = asked._replace(key_lengths=torch.ones(1, dtype=torch.int32))
-        assert fitting_config(None, (q, q, q), 128, H200, "plain", packed) == modelled
-    assert fitting_config(None, (q, q, q), 128, H200, "plain", asked) == modelled
+        assert fitting_config(None, True, 128, BF16, H200, "plain") == new
+        assert fitting_config(None, False, 128, BF16, H200, "plain") == modelled
+        assert fitting_config(None, True, 64, BF16, H200, "plain").forward.form == "pointers"
+    assert fitting_config(None, True, 128, BF16, H200, "plain") == modelled

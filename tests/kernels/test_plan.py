@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
