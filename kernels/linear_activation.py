@@ -114,16 +114,17 @@ def _epilogue(
         if pre_ptr is not None:
             tl.store(pre_ptr + offsets, pre, mask=inside)
         if act_ptr is not None:
-            tl.store(act_ptr + offsets, _activate(pre.to(tl.float32), ACTIVATION).to(dtype), mask=inside)
+            act = _activate(pre.to(tl.float32), ACTIVATION, dtype)
+            tl.store(act_ptr + offsets, act.to(dtype), mask=inside)
     else:
         pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         # Zero outside: rows of zeros made the product, and pre is 0 there.
-        dpre = _through_activation(product, pre, ACTIVATION)
+        dpre = _through_activation(product, pre, ACTIVATION, dtype)
         tl.store(dpre_ptr + offsets, dpre.to(dtype), mask=inside)
         if partials_ptr is not None:
             tl.store(partials_ptr + columns, tl.sum(dpre, axis=0), mask=column_inside)
         if act_ptr is not None:
-            tl.store(act_ptr + offsets, _activate(pre, ACTIVATION).to(dtype), mask=inside)
+            tl.store(act_ptr + offsets, _activate(pre, ACTIVATION, dtype).to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])

@@ -20,7 +20,7 @@ from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._dropout import _dropped_rows
 from fastattn.kernels._layout import empty_contiguous
-from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
+from fastattn.kernels._norm_config import NormBackwardConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
     _column_tile,
     _inverse,
@@ -310,20 +310,16 @@ def _plan(
     walk, sums = config.walk, config.sums
     grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
     sizes = {"ROWS": rows, "WIDTH": width, "ALIGNMENT": alignment}
-    constants = sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
+    constants = sizes | walk.tile | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
     row_means = None
     if walk.block_n < width:
-        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | _tile(config.row_means)
+        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | config.row_means.tile
     return _Plan(
         RowsPlan(in_place, distances, grid, constants),
         (grid[0], width),
         (sums.block_m, sums.block_n, sums.num_warps),
         row_means,
     )
-
-
-def _tile(config: NormConfig) -> dict[str, int]:
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps}
 
 
 def _row_means(rstd: Tensor, loaded: dict[str, Any], plan: _Plan) -> Tensor | None:
