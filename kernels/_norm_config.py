@@ -122,13 +122,15 @@ def select_norm_backward_config(
     row_means = NormConfig(1, 256 * per_thread, warps_of(8, target))
     if block_n > 512 * per_thread:
         block_m, block_n, warps, programs = 4, 32 * per_thread, 4, 8 * target.multiprocessors
+        # Column tiles share the programs: tens of partial sums of each column.
+        sums = NormConfig(64, 32, warps_of(4, target))
     else:
         # Three tensors of several rows take 152 registers in 8 warps: one program a multiprocessor.
         warps = max(block_n // per_thread // 32, 4 if len(dtypes) > 2 else 8)
         block_m = _rows_of_a_tile(block_n, warps, per_thread)
         programs = target.multiprocessors * 16 // warps
-    # All rows at a time where they fit, since what takes the time is to wait for them.
-    sums = NormConfig(min(power_of_2(programs), 512), 16, warps_of(8, target))
+        # All rows of partial sums at a time where they fit, since what takes the time is to wait for them.
+        sums = NormConfig(min(power_of_2(programs), 512), 16, warps_of(8, target))
     stages = _stages(block_m * block_n * sum(dtype.itemsize for dtype in dtypes), warps, target)
     walk = NormConfig(block_m, block_n, warps_of(warps, target), stages)
     return NormBackwardConfig(walk, row_means, sums, programs)
