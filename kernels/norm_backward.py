@@ -219,14 +219,8 @@ def norm_backward(
         The gradient of h, which is that of the residual and of an x without dropout and rowscale; that of x; both
         contiguous; dweight and dbias. An empty tensor stands for each gradient not asked for.
     """
-    shape = kept.shape[kept.dim() - dims :]
-    dsum, dx = (
-        kept.new_empty(0) if dtype is None else empty_contiguous(kept, dtype)
-        for dtype in (dsum_dtype, dx_dtype)
-    )
-    dweight, dbias = (
-        kept.new_empty(0 if dtype is None else shape, dtype=dtype) for dtype in (dweight_dtype, dbias_dtype)
-    )
+    of_rows, of_columns = (dsum_dtype, dx_dtype), (dweight_dtype, dbias_dtype)
+    dsum, dx, dweight, dbias = gradients = _empty_gradients(kept, dims, of_rows, of_columns)
     if kept.numel() == 0:
         return dsum, dx, dweight.zero_(), dbias.zero_()
     plan = _plan(
@@ -250,10 +244,10 @@ def norm_backward(
         "ZERO_CENTERED": zero_centered,
         "FROM_OUTPUT": from_output,
     }
-    parameters = [t for t, dtype in ((dweight, dweight_dtype), (dbias, dbias_dtype)) if dtype is not None]
-    needs_dsum = dsum_dtype is not None or dx_dtype is not None
+    parameters = [t for t, dtype in zip(gradients[2:], of_columns, strict=True) if dtype is not None]
+    needs_dsum = of_rows != (None, None)
     if not parameters and not needs_dsum:
-        return dsum, dx, dweight, dbias
+        return gradients
     partials = rstd.new_empty((len(parameters), *plan.partials)) if parameters else None
     with _target.launching_on(kept):
         _norm_backward_kernel[walk.grid](
@@ -273,6 +267,19 @@ def norm_backward(
         )
         if partials is not None:
             add_up_partials(partials, parameters, *plan.sums)
+    return gradients
+
+
+def _empty_gradients(
+    kept: Tensor,
+    dims: int,
+    of_rows: tuple[torch.dtype | None, ...],
+    of_columns: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of these dtypes before they are made: those like `kept`, then those over its columns."""
+    dsum, dx = (kept.new_empty(0) if dtype is None else empty_contiguous(kept, dtype) for dtype in of_rows)
+    shape = kept.shape[kept.dim() - dims :]
+    dweight, dbias = (kept.new_empty(0 if dtype is None else shape, dtype=dtype) for dtype in of_columns)
     return dsum, dx, dweight, dbias
 
 
