@@ -351,10 +351,13 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
     family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
     if head_dim > 256:
         return DecodeConfig(_ATTENTION_WIDEST[family, bits], target.multiprocessors)
-    key = family, bits, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    classes = (c for c in reversed(_ROWS) if c <= _row_class(rows) and (*key, c) in _DECODE)
-    *sizes, programs = _DECODE[(*key, next(classes))]
-    return DecodeConfig(AttentionTiles(*sizes, one_loop=True), programs * target.multiprocessors)
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    of_rows = _row_class(rows)
+    while (family, bits, width, of_rows) not in _DECODE:
+        of_rows //= 2
+    block_m, block_n, num_warps, num_stages, programs = _DECODE[family, bits, width, of_rows]
+    tiles = AttentionTiles(block_m, block_n, num_warps, num_stages, one_loop=True)
+    return DecodeConfig(tiles, programs * target.multiprocessors)
 
 
 def score_load(asked: AttentionOptions) -> str:

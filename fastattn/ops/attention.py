@@ -372,8 +372,8 @@ def attention(
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Dao et al., "Flash-Decoding" (2023), for split keys;
-        Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Press et al., "Train Short, Test Long" (2022) for ALiBi; Salmon et al.,
-        "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout.
+        Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Press et al., "Train Short, Test
+        Long" (2022) for ALiBi; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout.
     """
     return _ATTENTION(
         implementation,
