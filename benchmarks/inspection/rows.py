@@ -111,6 +111,10 @@ def shipped_cases() -> list[OpCase]:
                 (256, "bias+dropout"),
             ):
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
+            # A step of decoding.
+            cases.append(
+                AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32_768, causal="bottom_right", dtype=dtype)
+            )
         cases += [
             LayerNormCase(8192, width, dtype=dtype)
             for width in ((64, 768, 4096, 65_536) if narrow else (4096, 65_536))
@@ -212,7 +216,9 @@ def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
     options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
     target, load = _target.target_of(q.device), score_load(options)
     config = select_attention_form(case.head_dim, case.dtype, target, load, form)
-    out, lse = attention_forward(q, k, v, *options, config=config)
+    out, lse = attention_forward(q, k, v, *options, config=None if form == SHIPPED_FORM else config)
+    if case.seq_q == 1:  # a step of decoding, without gradients
+        return
     dout = torch.empty_like(out)
     attention_backward(dout, None, q, k, v, out, lse, [True] * 5, *options, config=config)
 

@@ -21,7 +21,7 @@ from fastattn.kernels._target import KNOWN_TARGETS, Target
 # Of a key so many cases are timed: the first that ask for it.
 _MOST_CASES = 2
 # What takes most of a model's time comes first, since a GPU's may be short.
-_SUITES = ("attention", "norm", "loss", "mlp", "rotary", "options")
+_SUITES = ("attention", "norm", "loss", "mlp", "rotary", "options", "decode")
 _LONGEST = 8192
 _BF16 = torch.bfloat16
 

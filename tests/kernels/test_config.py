@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from fastattn.kernels import _config
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import (
+    AttentionTiles,
+    select_attention_config,
+    select_decode_config,
+)
 from fastattn.kernels._attention_forms import fitting_config, select_attention_form
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
@@ -76,6 +80,7 @@ CALLS = {
     select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
+    select_decode_config: list(product((1, 16, 17, 100, 500), (16, 64, 80, 200, 512), (BF16, FP16, FP32))),
 }
 
 
