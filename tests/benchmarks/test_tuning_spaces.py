@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-from benchmarks.cases import AttentionCase, LayerNormCase
+from benchmarks.cases import AttentionCase, LayerNormCase, RotaryCase
 from benchmarks.inspection.rows import launches_of, shipped_cases
 from benchmarks.tuning import spaces
 from benchmarks.tuning.compiling import Compilation, distinct
@@ -177,3 +177,12 @@ def test_every_kernel_can_be_tuned_and_read():
             )
             changed |= distinct(jobs, 2)[1]
     assert changed == kernels - set(_FIXED)
+
+
+def test_the_programs_of_a_rotation_are_a_part_of_its_config():
+    """More of them take fewer heads each: another launch of the same tile."""
+    (task,) = plan([RotaryCase(4, 32, 4096, 128, dtype=BF16)], H200, ["rotary"])
+    tried = spaces.candidates(task.config, "programs", H200)
+    jobs = (Compilation("sm_90", task.select, task.config, new, task.cases, task.key) for new in tried)
+    groups = [launch.arguments["GROUP"] for job in distinct(jobs)[0] for _, launch in job.changed().values()]
+    assert len(set(groups)) == 2
