@@ -21,7 +21,7 @@ from fastattn.kernels._target import Target
 # The part of a config that is one tile with its warps and stages.
 TILE = "tile"
 # Each of these is a part of its own.
-_ALONE = ("group_m", "programs")
+_ALONE = ("group_m", "programs", "least_keys")
 # Sizes that the shape alone gives.
 _GIVEN = {RotaryConfig: ("block_d", "block_rest")}
 # Tiles that are multiplied: no side of a matrix instruction is shorter.
