@@ -100,7 +100,9 @@ def test_candidates_keep_what_kernels_need():
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "gfx942"))
 def test_every_function_has_tasks_and_candidates(arch):
     target = KNOWN_TARGETS[arch]
-    cases = [case for case in tuning_cases() if not isinstance(case, AttentionCase) or case.seq_q == 4096]
+    cases = [
+        case for case in tuning_cases() if not isinstance(case, AttentionCase) or case.seq_q in (1, 4096)
+    ]
     tasks = plan(cases, target)
     assert {task.select for task in tasks} == set(_config._overrides)
     for task in tasks:
@@ -169,7 +171,8 @@ def test_every_kernel_can_be_tuned_and_read():
     changed: set[str] = set()
     wide = LayerNormCase(64, 32768, dtype=BF16)
     biased = AttentionCase(2, 4, 256, 64, causal="top_left", dtype=BF16, options="bias")
-    for task in plan([*shipped_cases()[-14:], wide, biased], H200):
+    decode = AttentionCase(1, 8, 1, 64, kv_heads=2, seq_k=8192, dtype=BF16)
+    for task in plan([*shipped_cases()[-14:], wide, biased, decode], H200):
         for part in spaces.parts(task.config):
             tried = spaces.candidates(task.config, part, H200, task.columns, task.starts)
             jobs = (
