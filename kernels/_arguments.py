@@ -87,6 +87,14 @@ class Score(NamedTuple):
     bias: Any
     mask: Any
     dropout: Any
+    quantized: Any = None
+
+
+class Quantized(NamedTuple):
+    """What is known of e4m3 operands beside their values: terms and statistics of `quantize.Operands`."""
+
+    terms_ptr: Any
+    statistics_ptr: Any
 
 
 class Sequences(NamedTuple):

@@ -126,6 +126,26 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 )
 
 
+# e4m3 operands have a forward alone, on sm_89, sm_90, sm_100 and sm_120, compiled and read there. With 4 warps a tile of
+# 128 x 128 leaves room for a second program on sm_90 at 64, whose softmax runs beside the first one's products.
+_E4M3 = {
+    ("hopper", 8, 64): AttentionTiles(128, 128, 4, 2),
+    ("hopper", 8, 128): AttentionTiles(128, 128, 8, 2),
+    ("hopper", 8, 256): AttentionTiles(128, 64, 8, 2),
+    ("ampere", 8, 64): AttentionTiles(128, 128, 8, 2),
+    ("ampere", 8, 128): AttentionTiles(128, 128, 8, 2),
+    ("ampere", 8, 256): AttentionTiles(64, 64, 8, 2),
+}
+_E4M3_LOADED = {
+    ("hopper", 8, 64): AttentionTiles(128, 64, 8, 2),
+    ("hopper", 8, 128): AttentionTiles(128, 64, 8, 2),
+    ("hopper", 8, 256): AttentionTiles(64, 32, 4, 2),
+    ("ampere", 8, 64): AttentionTiles(128, 64, 8, 2),
+    ("ampere", 8, 128): AttentionTiles(128, 64, 8, 2),
+    ("ampere", 8, 256): AttentionTiles(64, 32, 8, 2),
+}
+
+
 # The same with a bias or mask that differs from query to query and from key to key, alone or with one of a row: where
 # there is none, the tiles of "heavy".
 _ATTENTION_PLANE: dict[tuple[str, int, int], AttentionConfig] = {
@@ -233,9 +253,12 @@ _ATTENTION_LIGHT = {
 }
 
 
+_BITS = {torch.float32: 32, torch.float8_e4m3fn: 8}
+
+
 @tunable(
     lambda head_dim, dtype, target, load="plain": (
-        32 if dtype == torch.float32 else 16,
+        _BITS.get(dtype, 16),
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         load if head_dim <= 256 else "plain",
     )
@@ -249,7 +272,11 @@ def select_attention_config(
     """
     if target.backend == "interpreter":
         return _INTERPRETED_ATTENTION
-    family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
+    family, bits = _attention_family(target), _BITS.get(dtype, 16)
+    if bits == 8:
+        width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+        tiles = (_E4M3 if load == "plain" else _E4M3_LOADED)[family, bits, width]
+        return AttentionConfig(tiles, tiles, tiles)
     if head_dim > 256:
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)

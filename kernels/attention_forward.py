@@ -20,6 +20,14 @@ from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_pla
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._quantized import (
+    E4M3_SHIFT,
+    _add_values,
+    _in_value_order,
+    _load_value_scales,
+    _load_value_tile,
+    _terms_of,
+)
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_schedule,
@@ -45,6 +53,7 @@ def _attend_keys(
     v_rows,
     score,
     slope,
+    terms,
     batch,
     head,
     HEADS,
@@ -76,16 +85,21 @@ def _attend_keys(
         k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores, _cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, terms
         )
         if MASKED:
             visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             scores = tl.where(visible, scores, float("-inf"))
-        weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum)
+        SHIFT: tl.constexpr = 0 if terms is None else E4M3_SHIFT
+        weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, SHIFT)
         weights = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
-        v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
+        if terms is None:
+            v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+            accumulator = accumulator * rescale[:, None]
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
+        else:
+            v = _load_value_tile(v_rows, first_key, BLOCK_N, BLOCK_V)
+            accumulator = _add_values(accumulator * rescale[:, None], _in_value_order(weights).to(v.dtype), v)
     return accumulator, row_max, row_sum
 
 
@@ -148,10 +162,11 @@ def _attention_forward_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    terms = _terms_of(score, batch, head, first_row, HEADS, SEQ_Q, BLOCK_M)
     if sinks_ptr is not None:
         # One more key, seen first, whose value is 0.
         row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0 if terms is None else 1.0 * 2**E4M3_SHIFT)
     slope = _slope_of(score.slopes, batch, head)
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -160,16 +175,19 @@ def _attention_forward_kernel(
         first, last = _stretch(part, begin, full_begin, full_end, end)
         accumulator, row_max, row_sum = _attend_keys(
             accumulator, row_max, row_sum, query, k_rows, v_rows,
-            score, slope, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
+            score, slope, terms, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
 
     # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
     result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    if terms is not None:
+        result = result * _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
     _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V)
     rows = first_row + tl.arange(0, BLOCK_M)
-    lse = (row_max + tl.log2(row_sum)) * LN_2  # (BLOCK_M,)
+    lse = row_max + tl.log2(row_sum)  # (BLOCK_M,)
+    lse = (lse if terms is None else lse - E4M3_SHIFT) * LN_2
     tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=rows < rows_q)
 
 
