@@ -15,6 +15,7 @@ from fastattn.dispatch import Implementation, Operation
 from fastattn.kernels._layout import rows_too_far
 from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
 from fastattn.ops._attention_operators import apply_attention
+from fastattn.ops._attention_quantized import refuse_triton_quantized, run_rounded
 from fastattn.ops._autograd import needs_graph
 
 # The widest head whose forward, and whose backward, fits in registers and shared memory.
@@ -54,6 +55,8 @@ def run_attention(
     return_lse: bool,
 ) -> Result:
     """A checked call by "triton" or "blockwise"."""
+    if features is not None and features.quantize is not None:
+        kind = features.quantize
     out, lse = apply_attention(kind, q, k, v, options_of(q, k, causal, scale, features))
     return (out, lse) if return_lse else out
 
@@ -80,6 +83,10 @@ def refuse_triton_attention(
     if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
     if features is not None:
+        if features.quantize is not None:
+            reason = refuse_triton_quantized(q, v)
+            if reason is not None:
+                return reason
         for name, plane in (("bias", features.bias), ("mask", features.mask)):
             if plane is not None and rows_too_far(plane):
                 return f"{name}'s strides {tuple(plane.stride())} are 2^22 or more"
@@ -183,6 +190,8 @@ def run_torch_attention(
     return_lse: bool,
 ) -> Result:
     """A checked call by PyTorch's operator, or by blocks of operators where that does not serve it."""
+    if features is not None and features.quantize is not None:
+        return run_rounded(run_torch_attention, q, k, v, causal, scale, features, return_lse)
     if _blockwise_reason(q, k, v, causal, scale, features, return_lse) is not None:
         return run_attention("blockwise", q, k, v, causal, scale, features, return_lse)
     # A single query at the bottom right sees every key.
@@ -210,7 +219,17 @@ def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features |
     return seen
 
 
+def _describe_triton(*arguments: Any) -> str:
+    features = arguments[5]
+    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
+    return f"fused Triton kernels, memory linear in the sequence{quantized}"
+
+
 def _describe_torch(*arguments: Any) -> str:
+    features = arguments[5]
+    if features is not None and features.quantize is not None:
+        described = _describe_torch(*arguments[:5], features._replace(quantize=None), *arguments[6:])
+        return f"{described}, of values rounded to e4m3 and back in float32: the kernels' numbers without their speed"
     reason = _blockwise_reason(*arguments)
     if reason is None:
         return "torch.nn.functional.scaled_dot_product_attention"
@@ -228,6 +247,8 @@ def _run_reference(
 ) -> Result:
     if features is None:
         return reference.attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+    if features.quantize is not None:
+        return run_rounded(_run_reference, q, k, v, causal, scale, features, return_lse)
     keywords = {name: getattr(features, name) for name in _REFERENCE_FEATURES}
     keywords |= {"bias": four_dimensions(features.bias), "mask": four_dimensions(features.mask)}
     if features.cu_seqlens_q is None or features.cu_seqlens_k is None:
@@ -249,7 +270,7 @@ ATTENTION_IMPLEMENTATIONS = (
         "triton",
         run=lambda *arguments: run_attention("triton", *arguments),
         refuse=refuse_triton_attention,
-        describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
+        describe=_describe_triton,
     ),
     Implementation("torch", run=run_torch_attention, refuse=_refuse_torch, describe=_describe_torch),
     Implementation(
@@ -277,15 +298,16 @@ def _pack(
     dropout_p: float,
     key_lengths: Tensor | None,
     deterministic: bool,
+    quantize: str | None,
     return_lse: bool,
 ) -> tuple[Any, ...]:
     features = None
     if (
         window is not None or bias is not None or mask is not None or softcap is not None or sinks is not None
-        or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic
+        or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic or quantize is not None
     ):  # fmt: skip
         features = Features(
-            window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic
+            window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic, quantize=quantize
         )
     return q, k, v, causal, scale, features, return_lse
 
@@ -312,6 +334,7 @@ def attention(
     dropout_p: float = 0,  # an int, because torch.compile takes a default that is a float for an input
     key_lengths: Tensor | None = None,
     deterministic: bool = False,
+    quantize: str | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -376,6 +399,6 @@ def attention(
         implementation,
         *_pack(
             q, k, v, causal, window, scale, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths,
-            deterministic, return_lse,
+            deterministic, quantize, return_lse,
         ),
     )  # fmt: skip
