@@ -57,10 +57,10 @@ def _finite_or_nan(x):
 
 
 @triton.jit
-def _largest_finite(x, axis: tl.constexpr):
-    """The largest absolute value along an axis of those that are finite, or 0."""
+def _finite_size(x):
+    """|x|, or 0 where it is not finite."""
     size = tl.abs(x)
-    return tl.max(tl.where(size < float("inf"), size, 0.0), axis)
+    return tl.where(size < float("inf"), size, 0.0)
 
 
 @triton.jit
@@ -101,24 +101,24 @@ def _quantize_statistics_kernel(
     k_ptr = k.ptr + batch * k.stride_b + head * k.stride_h
     v_ptr = v.ptr + batch * v.stride_b + head * v.stride_h
     length = _visible_length(key_lengths, batch, SEQ_K)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    highest = tl.full((BLOCK_D,), float("-inf"), tl.float32)
-    lowest = tl.full((BLOCK_D,), float("inf"), tl.float32)
-    largest = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    highest = tl.full((BLOCK_M, BLOCK_D), float("-inf"), tl.float32)
+    lowest = tl.full((BLOCK_M, BLOCK_D), float("inf"), tl.float32)
+    largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in tl.range(chunk * CHUNK, tl.minimum(length, (chunk + 1) * CHUNK), BLOCK_M):
         keys = _load_rows(k_ptr, first, k.stride_m, length, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
         inside = (first + tl.arange(0, BLOCK_M) < length)[:, None] & (tl.abs(keys) < float("inf"))
-        total += tl.sum(tl.where(inside, keys, 0.0), 0)
-        highest = tl.maximum(highest, tl.max(tl.where(inside, keys, float("-inf")), 0))
-        lowest = tl.minimum(lowest, tl.min(tl.where(inside, keys, float("inf")), 0))
+        total += tl.where(inside, keys, 0.0)
+        highest = tl.maximum(highest, tl.where(inside, keys, float("-inf")))
+        lowest = tl.minimum(lowest, tl.where(inside, keys, float("inf")))
         values = _load_rows(v_ptr, first, v.stride_m, length, V_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
-        largest = tl.maximum(largest, _largest_finite(values, 0))
+        largest = tl.maximum(largest, _finite_size(values))
     columns = tl.arange(0, BLOCK_D)
     corner = partials_ptr + ((batch * KV_HEADS + head) * CHUNKS + chunk) * (4 * BLOCK_D)
-    tl.store(corner + columns, total)
-    tl.store(corner + (BLOCK_D + columns), highest)
-    tl.store(corner + (2 * BLOCK_D + columns), lowest)
-    tl.store(corner + (3 * BLOCK_D + columns), largest)
+    tl.store(corner + columns, tl.sum(total, 0))
+    tl.store(corner + (BLOCK_D + columns), tl.max(highest, 0))
+    tl.store(corner + (2 * BLOCK_D + columns), tl.min(lowest, 0))
+    tl.store(corner + (3 * BLOCK_D + columns), tl.max(largest, 0))
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def _quantize_queries_kernel(
     q_ptr = q.ptr + batch * q.stride_b + head * q.stride_h
     queries = _load_rows(q_ptr, first, q.stride_m, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
     queries = _finite_or_nan(queries)
-    scale = _scale_of(_largest_finite(queries, 1))  # (BLOCK_M,)
+    scale = _scale_of(tl.max(_finite_size(queries), 1))  # (BLOCK_M,)
     terms_ptr += (batch * HEADS + head) * 2 * SEQ_Q
     tl.store(terms_ptr + rows, scale * k_scale, mask=rows < SEQ_Q)
     tl.store(terms_ptr + SEQ_Q + rows, tl.sum(queries * mean[None, :], 1), mask=rows < SEQ_Q)
@@ -259,7 +259,7 @@ def quantize_operands(
         _quantize_statistics_kernel[(chunks * kv_heads * batch,)](
             k=rows_of(k), v=rows_of(v), partials_ptr=partials, key_lengths=key_lengths,
             KV_HEADS=kv_heads, SEQ_K=seq_k, CHUNKS=chunks, CHUNK=chunk,
-            HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_M=config.block_m, BLOCK_D=widest, num_warps=config.num_warps,
+            HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_M=config.block_m // 2, BLOCK_D=widest, num_warps=config.num_warps,
         )  # fmt: skip
         _quantize_keys_kernel[(tiles * kv_heads * batch,)](
             k=rows_of(k), v=rows_of(v), k_out=rows_of(made.k), v_out=rows_of(made.v),
