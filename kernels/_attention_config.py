@@ -126,23 +126,19 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 )
 
 
-# e4m3 operands have a forward alone, on sm_89, sm_90, sm_100 and sm_120, compiled and read there. With 4 warps a tile of
-# 128 x 128 leaves room for a second program on sm_90 at 64, whose softmax runs beside the first one's products.
-_E4M3 = {
-    ("hopper", 8, 64): AttentionTiles(128, 128, 4, 2),
-    ("hopper", 8, 128): AttentionTiles(128, 128, 8, 2),
-    ("hopper", 8, 256): AttentionTiles(128, 64, 8, 2),
-    ("ampere", 8, 64): AttentionTiles(128, 128, 8, 2),
-    ("ampere", 8, 128): AttentionTiles(128, 128, 8, 2),
-    ("ampere", 8, 256): AttentionTiles(64, 64, 8, 2),
-}
-_E4M3_LOADED = {
-    ("hopper", 8, 64): AttentionTiles(128, 64, 8, 2),
-    ("hopper", 8, 128): AttentionTiles(128, 64, 8, 2),
-    ("hopper", 8, 256): AttentionTiles(64, 32, 4, 2),
-    ("ampere", 8, 64): AttentionTiles(128, 64, 8, 2),
-    ("ampere", 8, 128): AttentionTiles(128, 64, 8, 2),
-    ("ampere", 8, 256): AttentionTiles(64, 32, 8, 2),
+# e4m3 operands have a forward alone, where there are products of them: by family and padded head dimension, plain and
+# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room for a
+# second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
+_ATTENTION_E4M3 = {
+    ("hopper", 64): (AttentionTiles(128, 128, 4, 2), AttentionTiles(128, 64, 8, 2)),
+    ("hopper", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("hopper", 256): (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    ("sm_100", 64): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("sm_100", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("sm_100", 256): (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 64, 8, 2)),
+    ("ampere", 64): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("ampere", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("ampere", 256): (AttentionTiles(64, 64, 8, 2), AttentionTiles(64, 32, 8, 2)),
 }
 
 
@@ -274,13 +270,13 @@ def select_attention_config(
         return _INTERPRETED_ATTENTION
     family, bits = _attention_family(target), _BITS.get(dtype, 16)
     if bits == 8:
-        width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-        tiles = (_E4M3 if load == "plain" else _E4M3_LOADED)[family, bits, width]
+        blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
+        tiles = _ATTENTION_E4M3["sm_100" if blackwell else family, _width(head_dim)][load != "plain"]
         return AttentionConfig(tiles, tiles, tiles)
     if head_dim > 256:
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)
-    key = (family, bits, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
+    key = (family, bits, _width(head_dim))
     config = heavy = _ATTENTION_HEAVY[key]
     if load == "plain":
         config = _ATTENTION[key]
@@ -314,6 +310,10 @@ def score_load(asked: AttentionOptions) -> str:
     if others + len(planes) > 2:
         return "heavy"
     return "thin" if planes else "light" if others else "plain"
+
+
+def _width(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 def _attention_family(target: Target) -> str:
