@@ -67,6 +67,9 @@ def run_rounded(
     """`run`, an implementation without e4m3, in float32 on q, k and v rounded to e4m3 and back."""
     if scale is None:
         scale = 1.0 / math.sqrt(q.size(-1)) if q.size(-1) else 1.0
+    if dispatch.autocasts(q):  # which would take the products below for its own
+        with torch.autocast(q.device.type, enabled=False):
+            return run_rounded(run, q, k, v, causal, scale, features, return_lse)
     dtype = q.dtype
     if q.numel() and v.numel():
         q, k, v, shift = reference.round_e4m3(q, k, v, features.key_lengths)

@@ -34,11 +34,11 @@ def round_e4m3(
         hidden = torch.arange(k.size(2), device=k.device) >= key_lengths[:, None]
         k, v = (t.masked_fill(hidden[:, None, :, None], torch.nan) for t in (k, v))
     counted = ~k.isnan()
-    count = k.size(2) if key_lengths is None else key_lengths[:, None, None, None]
+    count = k.size(2) if key_lengths is None else key_lengths.clamp(min=1)[:, None, None, None]
     highest = k.masked_fill(~counted, -torch.inf).amax(2, keepdim=True)
     lowest = k.masked_fill(~counted, torch.inf).amin(2, keepdim=True)
     # Between the two whatever the sum has become.
-    mean = (k.nansum(2, keepdim=True) / torch.as_tensor(count, device=k.device).clamp(min=1)).clamp(lowest, highest)
+    mean = (k.nansum(2, keepdim=True) / count).clamp(lowest, highest)
     mean = mean.masked_fill(lowest > highest, 0.0)
     centered = k - mean
     shift = q @ mean.repeat_interleave(q.size(1) // max(1, k.size(1)), dim=1).transpose(2, 3)
