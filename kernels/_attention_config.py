@@ -127,8 +127,8 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 
 
 # e4m3 operands have a forward alone, where there are products of them: by family and padded head dimension, plain and
-# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room for a
-# second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
+# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room for
+# a second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
 _ATTENTION_E4M3 = {
     ("hopper", 64): (AttentionTiles(128, 128, 4, 2), AttentionTiles(128, 64, 8, 2)),
     ("hopper", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
@@ -271,12 +271,12 @@ def select_attention_config(
     family, bits = _attention_family(target), _BITS.get(dtype, 16)
     if bits == 8:
         blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
-        tiles = _ATTENTION_E4M3["sm_100" if blackwell else family, _width(head_dim)][load != "plain"]
+        tiles = _ATTENTION_E4M3["sm_100" if blackwell else family, _padded_width(head_dim)][load != "plain"]
         return AttentionConfig(tiles, tiles, tiles)
     if head_dim > 256:
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)
-    key = (family, bits, _width(head_dim))
+    key = (family, bits, _padded_width(head_dim))
     config = heavy = _ATTENTION_HEAVY[key]
     if load == "plain":
         config = _ATTENTION[key]
@@ -312,7 +312,7 @@ def score_load(asked: AttentionOptions) -> str:
     return "thin" if planes else "light" if others else "plain"
 
 
-def _width(head_dim: int) -> int:
+def _padded_width(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 

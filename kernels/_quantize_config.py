@@ -33,6 +33,11 @@ def select_chunks(rows: int, heads: int, block_m: int, target: Target) -> tuple[
     Each of the programs that follow reads the statistics of all chunks of its head, which is why there are no more.
     """
     least = 2 * block_m if target.backend == "interpreter" else _LEAST_CHUNK
-    chunks = max(1, min(-(-2 * target.multiprocessors // max(1, heads)), -(-rows // least)))
-    chunk = -(-(-(-rows // chunks)) // block_m) * block_m
-    return -(-rows // chunk), chunk
+    chunks = max(1, min(_quotient(2 * target.multiprocessors, max(1, heads)), _quotient(rows, least)))
+    chunk = _quotient(_quotient(rows, chunks), block_m) * block_m
+    return _quotient(rows, chunk), chunk
+
+
+def _quotient(a: int, b: int) -> int:
+    """Rounded up."""
+    return -(-a // b)

@@ -183,7 +183,9 @@ def _attention_forward_kernel(
     # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
     result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     if terms is not None:
-        result = result * _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
+        result = (
+            result * _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
+        )
     _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V)
     rows = first_row + tl.arange(0, BLOCK_M)
     lse = row_max + tl.log2(row_sum)  # (BLOCK_M,)

@@ -3,9 +3,9 @@
     q_i = sq_i * q'_i        k_j = mean + sk * k'_j        v_jc = sv_c * v'_jc
 
 with primes for e4m3, sq a query's own scale, mean the keys' mean of each channel, sk one scale a head and sv one a
-channel. So q_i . k_j = sq_i sk * q'_i . k'_j + q_i . mean, a factor and a summand a query, which `_quantized` takes from
-here. The mean leaves what all keys share out of what is rounded: subtracting it is SageAttention's (Zhang et al., 2024),
-where the summand is dropped; here it stays, for soft caps, sinks and lse, whose scores may not be shifted.
+channel. So q_i . k_j = sq_i sk * q'_i . k'_j + q_i . mean: a factor and a summand a query, which `_quantized` takes
+from here. The mean leaves what all keys share out of what is rounded: subtracting it is SageAttention's (Zhang et al.,
+2024), where the summand is dropped; here it stays, for soft caps, sinks and lse, whose scores may not be shifted.
 
 Whatever mean is subtracted, it comes back, and scales only say what is rounded how: so values that are not finite, and
 hidden keys, stay out of the statistics. An infinity becomes NaN, as e4m3 has none.
@@ -170,7 +170,9 @@ def _quantize_keys_kernel(
     tile, batch, head = _split_program(tl.cdiv(SEQ_K, BLOCK_N), KV_HEADS)
     length = _visible_length(key_lengths, batch, SEQ_K)
     place = batch * KV_HEADS + head
-    mean, k_scale, v_scales = _statistics_of(partials_ptr + place * CHUNKS * (4 * BLOCK_D), CHUNKS, length, BLOCK_D)
+    mean, k_scale, v_scales = _statistics_of(
+        partials_ptr + place * CHUNKS * (4 * BLOCK_D), CHUNKS, length, BLOCK_D
+    )
     columns = tl.arange(0, BLOCK_D)
     corner = statistics_ptr + place * (3 * BLOCK_D)
     if tile == 0:
@@ -228,9 +230,7 @@ def _quantize_queries_kernel(
     _store_rows(q_out_ptr, queries, first, q_out.stride_m, SEQ_Q, WIDTH, BLOCK_M, BLOCK_D)
 
 
-def quantize_operands(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, block_n: int
-) -> Operands:
+def quantize_operands(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, block_n: int) -> Operands:
     """q, k and v in e4m3, values in tiles of `block_n` keys.
 
     Args:

@@ -1,8 +1,8 @@
 """Mends Triton's interpreter for tests, where it computes something else than a GPU would, or the same for nothing.
 
 The interpreter keeps bfloat16 as 16-bit integers (Triton 3.6 to 3.9). Its `tl.dot` multiplies those integers, and
-its conversion from float32 truncates where a GPU rounds to nearest even. So does that to e4m3, which has no NaN there, in
-either direction.
+its conversion from float32 truncates where a GPU rounds to nearest even. So does that to e4m3, whose NaN it does not
+know either.
 """
 
 import functools
@@ -97,7 +97,9 @@ def _between(data: np.ndarray, source: torch.dtype, target: torch.dtype) -> np.n
     values = torch.from_numpy(np.ascontiguousarray(data)).view(source)
     if target == torch.float8_e4m3fn:
         values = values.clamp(-448.0, 448.0)  # keeps NaN
-    bits = values.to(target).view(torch.uint8 if target.itemsize == 1 else torch.int16 if target.itemsize == 2 else torch.int32)
+    bits = values.to(target).view(
+        torch.uint8 if target.itemsize == 1 else torch.int16 if target.itemsize == 2 else torch.int32
+    )
     return bits.numpy().view(f"uint{8 * target.itemsize}").reshape(data.shape)
 
 

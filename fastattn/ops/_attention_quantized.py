@@ -25,7 +25,9 @@ def check_quantized(q: Tensor, k: Tensor, v: Tensor, features: Any) -> None:
     if q.dtype not in dispatch.TRITON_DTYPES:
         raise TypeError(f"q has dtype={q.dtype}; quantize='e4m3' takes float16, bfloat16 or float32")
     if features.dropout_p:
-        raise NotSupported(f"dropout_p={features.dropout_p} must be 0 with quantize='e4m3', which is for inference")
+        raise NotSupported(
+            f"dropout_p={features.dropout_p} must be 0 with quantize='e4m3', which is for inference"
+        )
     if needs_graph(q, k, v, features.bias, features.sinks):
         raise NotSupported(
             "quantize='e4m3' has no gradient: call it within torch.no_grad(), or with tensors that require none"

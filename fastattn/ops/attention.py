@@ -307,7 +307,16 @@ def _pack(
         or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic or quantize is not None
     ):  # fmt: skip
         features = Features(
-            window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic, quantize=quantize
+            window,
+            bias,
+            mask,
+            softcap,
+            alibi_slopes,
+            sinks,
+            dropout_p,
+            key_lengths,
+            deterministic,
+            quantize=quantize,
         )
     return q, k, v, causal, scale, features, return_lse
 

@@ -23,7 +23,7 @@ def operands(device: torch.device, seq_q: int = 5, seq_k: int = 70, **changes: o
 
 def values_of(made: Operands, like: Tensor) -> Tensor:
     """(batch, kv_heads, seq_k, v_dim) in float32: the tiles turned back, and their keys in their own order."""
-    batch, kv_heads, seq_k, v_dim = like.shape
+    seq_k, v_dim = like.shape[2:]
     tiles = made.v.float().unflatten(2, (-(-seq_k // BLOCK_N), -1))  # (..., tiles, columns, keys)
     # Of 16 keys, those two by two that a thread's products belong to are neighbours.
     place = torch.arange(BLOCK_N, device=like.device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
@@ -35,7 +35,9 @@ def values_of(made: Operands, like: Tensor) -> Tensor:
     return rows[:, :, :seq_k, :v_dim] * columns
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, exactly: bool = True) -> Operands:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, exactly: bool = True
+) -> Operands:
     made = quantize_operands(q, k, v, key_lengths, BLOCK_N)
     expected_q, expected_k, expected_v, shift = reference.round_e4m3(q, k, v, key_lengths)
     head_dim, groups = q.size(3), q.size(1) // k.size(1)
@@ -55,7 +57,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, ex
 
 
 @pytest.mark.parametrize("seq_k", [1, 31, 64, 300])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 def test_operands_are_those_of_the_formula(dtype: torch.dtype, seq_k: int, device: torch.device) -> None:
     """300 keys are several tiles of values, and several chunks whose statistics are put together."""
     if seq_k == 300 and dtype != torch.bfloat16:
@@ -68,7 +72,12 @@ def test_strides_are_read_in_place(device: torch.device) -> None:
     q, k, v = operands(device)
     wide = torch.full((2, 70, 2, 64), torch.nan, dtype=k.dtype, device=device)
     wide[..., :40] = k.transpose(1, 2)
-    check(q, wide[..., :40].transpose(1, 2), v.transpose(1, 2).contiguous().transpose(1, 2), exactly=device.type == "cpu")
+    check(
+        q,
+        wide[..., :40].transpose(1, 2),
+        v.transpose(1, 2).contiguous().transpose(1, 2),
+        exactly=device.type == "cpu",
+    )
 
 
 def test_hidden_keys_are_not_read(device: torch.device) -> None:
@@ -113,4 +122,6 @@ def test_extreme_values_keep_their_digits(device: torch.device) -> None:
 def test_two_runs_are_equal(device: torch.device) -> None:
     given = operands(device, seq_k=300)
     first, second = (quantize_operands(*given, None, BLOCK_N) for _ in range(2))
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True)
+    )

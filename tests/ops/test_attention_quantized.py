@@ -18,13 +18,17 @@ from fastattn.testing import make_tensor
 from tests.ops.test_attention_features import ALL, BIAS, HEADS, OPTIONS, SEQ_K, SEQ_Q, moved
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
-# Relative, in the mean square, against float64 on the same inputs: what the docstring states. Rounding to e4m3 alone, with
-# no weight rounded, is 4.5 %; a scale that is wrong by a tenth takes any of the tests below above it.
+# Relative, in the mean square, against float64 on the same inputs: what the docstring states. Operands alone, with no
+# weight rounded, give 4.5 %.
 BOUND = 0.06
 
 
 def operands(
-    device: torch.device, seq_q: int = 40, seq_k: int = 150, width: int = 64, dtype: torch.dtype = torch.bfloat16
+    device: torch.device,
+    seq_q: int = 40,
+    seq_k: int = 150,
+    width: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((1, 2, seq_q, width), (1, 1, seq_k, width), (1, 1, seq_k, width))
     q, k, v = (make_tensor(*s, dtype=dtype, seed=n, device=device) for n, s in enumerate(shapes))
@@ -56,20 +60,26 @@ def v_with_a_large_channel(v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("inputs", ["normal", "k-with-means", "v-with-a-large-channel", "queries-of-all-sizes"])
+@pytest.mark.parametrize(
+    "inputs", ["normal", "k-with-means", "v-with-a-large-channel", "queries-of-all-sizes"]
+)
 def test_stated_error(inputs: str, implementation: str, device: torch.device) -> None:
     q, k, v = operands(device)
     if inputs == "k-with-means":
         k = k_with_means(k)
     elif inputs == "v-with-a-large-channel":
         v = v_with_a_large_channel(v)
-    elif inputs == "queries-of-all-sizes":  # of which one scale for a block of them would leave the smallest nothing
+    elif (
+        inputs == "queries-of-all-sizes"
+    ):  # of which one scale for a block of them would leave the smallest nothing
         q = q * torch.logspace(-6, 0, q.size(2), base=10, device=device).to(q.dtype)[:, None]
     error, lse_error = errors((q, k, v), implementation, causal="bottom_right")
     assert error < BOUND and lse_error < 0.05
     if inputs == "v-with-a-large-channel":  # each channel by itself, as the large one hides the others
         truth = reference.attention(q.double(), k.double(), v.double(), causal="bottom_right")
-        out = fastattn.attention(q, k, v, causal="bottom_right", quantize="e4m3", implementation=implementation)
+        out = fastattn.attention(
+            q, k, v, causal="bottom_right", quantize="e4m3", implementation=implementation
+        )
         assert all(relative_error(out[..., c], truth[..., c]) < 1.5 * BOUND for c in range(v.size(-1)))
 
 
@@ -101,7 +111,8 @@ def test_every_option_goes_with_it(name: str, device: torch.device) -> None:
     k, options = k_with_means(k), moved(COVERED[name], device)
     call = {**options, "quantize": "e4m3", "return_lse": True}
     (out, lse), (torch_out, torch_lse), (naive_out, naive_lse) = (
-        fastattn.attention(q, k, v, **call, implementation=implementation) for implementation in IMPLEMENTATIONS
+        fastattn.attention(q, k, v, **call, implementation=implementation)
+        for implementation in IMPLEMENTATIONS
     )
     torch.testing.assert_close(torch_lse, lse, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(naive_lse, lse, atol=1e-4, rtol=1e-5)
@@ -126,7 +137,9 @@ def test_head_dims(width: int, device: torch.device) -> None:
     assert errors((q, k, v[..., : max(1, width // 2)]), "triton")[0] < 1.5 * BOUND
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 @pytest.mark.parametrize("seq_q, seq_k", [(1, 1), (1, 127), (63, 1), (33, 65)])
 def test_sizes_and_dtypes(seq_q: int, seq_k: int, dtype: torch.dtype, device: torch.device) -> None:
     given = operands(device, seq_q, seq_k, 32, dtype)
@@ -148,7 +161,11 @@ def test_empty(implementation: str, device: torch.device) -> None:
 def test_hidden_keys_leak_nothing(implementation: str, device: torch.device) -> None:
     """NaN and huge numbers behind key_lengths leave every bit as it was."""
     q, k, v = operands(device, 9, 50, 32)
-    call = {"quantize": "e4m3", "key_lengths": torch.tensor([37], device=device), "implementation": implementation}
+    call = {
+        "quantize": "e4m3",
+        "key_lengths": torch.tensor([37], device=device),
+        "implementation": implementation,
+    }
     clean = fastattn.attention(q, k, v, **call)
     k[:, :, 37:], v[:, :, 37:] = 1e30, math.nan
     assert torch.equal(fastattn.attention(q, k, v, **call), clean)
@@ -209,7 +226,9 @@ def test_refused_arguments(
 
 
 def test_wider_heads_and_dtypes_are_refused_by_name(device: torch.device) -> None:
-    with pytest.raises(TypeError, match=r"dtype=torch.float64; quantize='e4m3' takes float16, bfloat16 or float32"):
+    with pytest.raises(
+        TypeError, match=r"dtype=torch.float64; quantize='e4m3' takes float16, bfloat16 or float32"
+    ):
         fastattn.attention(*operands(device, 4, 4, 16, torch.float64), quantize="e4m3")
     wide = operands(device, 4, 4, 272)
     with pytest.raises(NotSupported, match="head_dim=272 is above 256, the most with quantize='e4m3'"):
@@ -263,7 +282,14 @@ def test_explain_names_what_runs(device: torch.device, monkeypatch: pytest.Monke
 def test_compiles_whole_with_dynamic_shapes(implementation: str, device: torch.device) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return fastattn.attention(
-            q, k, v, causal="bottom_right", softcap=3.0, return_lse=True, quantize="e4m3", implementation=implementation
+            q,
+            k,
+            v,
+            causal="bottom_right",
+            softcap=3.0,
+            return_lse=True,
+            quantize="e4m3",
+            implementation=implementation,
         )
 
     frames = CompileCounterWithBackend("aot_eager")
@@ -277,7 +303,9 @@ def test_compiles_whole_with_dynamic_shapes(implementation: str, device: torch.d
 def test_plain_torch_path_compiles_whole(device: torch.device) -> None:
     given = operands(device, 17, 22, 16)
     compiled = torch.compile(
-        lambda *t: fastattn.attention(*t, quantize="e4m3", implementation="torch"), fullgraph=True, backend="aot_eager"
+        lambda *t: fastattn.attention(*t, quantize="e4m3", implementation="torch"),
+        fullgraph=True,
+        backend="aot_eager",
     )
     expected = fastattn.attention(*given, quantize="e4m3", implementation="torch")
     torch.testing.assert_close(compiled(*given), expected, atol=1e-2, rtol=1e-2)
@@ -293,7 +321,9 @@ def test_export(device: torch.device) -> None:
     """The exported program has one operator for the call, and takes other lengths."""
     given, others = operands(device, 17, 22, 16), operands(device, 9, 13, 16)
     rows, keys = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("keys", min=2, max=64)
-    program = torch.export.export(Quantized(), given, dynamic_shapes=({2: rows}, {2: keys}, {2: keys})).module()
+    program = torch.export.export(
+        Quantized(), given, dynamic_shapes=({2: rows}, {2: keys}, {2: keys})
+    ).module()
     for call in (given, others):
         assert torch.equal(program(*call), Quantized()(*call))
 
@@ -314,7 +344,9 @@ def test_autocast(implementation: str, device: torch.device) -> None:
     q, k, v = operands(device, 9, 12, 16, torch.float32)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = fastattn.attention(q, k, v, quantize="e4m3", implementation=implementation)
-    low = fastattn.attention(*(t.bfloat16() for t in (q, k, v)), quantize="e4m3", implementation=implementation)
+    low = fastattn.attention(
+        *(t.bfloat16() for t in (q, k, v)), quantize="e4m3", implementation=implementation
+    )
     assert out.dtype == torch.bfloat16 and torch.equal(out, low)
 
 
