@@ -127,8 +127,8 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 
 
 # e4m3 operands have a forward alone, where there are products of them: by family and padded head dimension, plain and
-# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room for
-# a second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
+# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room
+# for a second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
 _ATTENTION_E4M3 = {
     ("hopper", 64): (AttentionTiles(128, 128, 4, 2), AttentionTiles(128, 64, 8, 2)),
     ("hopper", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),

@@ -230,6 +230,11 @@ def _quantize_queries_kernel(
     _store_rows(q_out_ptr, queries, first, q_out.stride_m, SEQ_Q, WIDTH, BLOCK_M, BLOCK_D)
 
 
+def padded_width(head_dim: int) -> int:
+    """Of a row of q or k, so that each begins at a multiple of 16 bytes."""
+    return -(-head_dim // 16) * 16
+
+
 def quantize_operands(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, block_n: int) -> Operands:
     """q, k and v in e4m3, values in tiles of `block_n` keys.
 
@@ -241,8 +246,8 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | Non
     batch, heads, seq_q, head_dim = q.shape
     kv_heads, seq_k, v_dim = v.size(1), v.size(2), v.size(3)
     target, e4m3 = _target.target_of(q.device), torch.float8_e4m3fn
-    # A row of a multiple of 16 bytes; columns as wide as an 8-bit product takes them.
-    width, width_v = -(-head_dim // 16) * 16, block_d(v_dim, least=32)
+    # As wide as an 8-bit product takes them, whose depth is 32.
+    width, width_v = padded_width(head_dim), block_d(v_dim, least=32)
     widest = max(block_d(head_dim, least=32), width_v)
     tiles = triton.cdiv(seq_k, block_n)
     config = select_quantize_config(widest, target)
