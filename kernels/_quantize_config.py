@@ -1,9 +1,13 @@
-"""Launch configs of the kernels that make e4m3 operands: compiled and read, not measured. Imports no Triton."""
+"""Launch configs of the kernels that make e4m3 operands: compiled and read, not measured. Imports no Triton.
+
+They stream through memory, and what is to be chosen is few rows; `python -m benchmarks tune` leaves them as they are.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._target import Target
 
 # Elements of a tile in float32: 32 a thread of 4 warps, loaded 16 bytes at a time.
@@ -20,7 +24,7 @@ class QuantizeConfig:
     num_warps: int
 
 
-def select_quantize_config(block_d: int, target: Target) -> QuantizeConfig:
+def quantize_tile(block_d: int, target: Target) -> QuantizeConfig:
     """For rows of a padded width up to 256."""
     if target.backend == "interpreter":
         return QuantizeConfig(64, 1)
@@ -33,11 +37,6 @@ def select_chunks(rows: int, heads: int, block_m: int, target: Target) -> tuple[
     Each of the programs that follow reads the statistics of all chunks of its head, which is why there are no more.
     """
     least = 2 * block_m if target.backend == "interpreter" else _LEAST_CHUNK
-    chunks = max(1, min(_quotient(2 * target.multiprocessors, max(1, heads)), _quotient(rows, least)))
-    chunk = _quotient(_quotient(rows, chunks), block_m) * block_m
-    return _quotient(rows, chunk), chunk
-
-
-def _quotient(a: int, b: int) -> int:
-    """Rounded up."""
-    return -(-a // b)
+    chunks = max(1, min(ceil_div(2 * target.multiprocessors, max(1, heads)), ceil_div(rows, least)))
+    chunk = ceil_div(ceil_div(rows, chunks), block_m) * block_m
+    return ceil_div(rows, chunk), chunk

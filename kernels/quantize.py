@@ -23,7 +23,7 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import rows_of
 from fastattn.kernels._layout import block_d
-from fastattn.kernels._quantize_config import select_chunks, select_quantize_config
+from fastattn.kernels._quantize_config import quantize_tile, select_chunks
 from fastattn.kernels._quantized import _in_value_order
 from fastattn.kernels._tiles import _load_rows, _split_program, _store_rows
 
@@ -250,7 +250,7 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | Non
     width, width_v = padded_width(head_dim), block_d(v_dim, least=32)
     widest = max(block_d(head_dim, least=32), width_v)
     tiles = triton.cdiv(seq_k, block_n)
-    config = select_quantize_config(widest, target)
+    config = quantize_tile(widest, target)
     chunks, chunk = select_chunks(seq_k, batch * kv_heads, config.block_m, target)
     partials = q.new_empty((batch, kv_heads, chunks, 4, widest), dtype=torch.float32)
     made = Operands(
