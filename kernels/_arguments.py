@@ -91,8 +91,9 @@ class Score(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What is known of e4m3 operands beside their values: terms and statistics of `quantize.Operands`."""
+    """What is known of e4m3 operands beside their values, as `quantize.Operands` has it."""
 
+    k_scales_ptr: Any
     terms_ptr: Any
     statistics_ptr: Any
 

@@ -18,17 +18,18 @@ _LEAST_CHUNK = 256
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Rows of a program's tile, and its warps."""
+    """Rows of a program's tile and its warps; `keys_warps` are those of 128 keys and values."""
 
     block_m: int
     num_warps: int
+    keys_warps: int
 
 
 def quantize_tile(block_d: int, target: Target) -> QuantizeConfig:
     """For rows of a padded width up to 256."""
     if target.backend == "interpreter":
-        return QuantizeConfig(64, 1)
-    return QuantizeConfig(max(16, _TILE // block_d), 4)
+        return QuantizeConfig(64, 1, 1)
+    return QuantizeConfig(max(16, _TILE // block_d), 4, 8 if block_d <= 128 else 16)
 
 
 def select_chunks(rows: int, heads: int, block_m: int, target: Target) -> tuple[int, int]:

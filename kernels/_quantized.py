@@ -10,9 +10,14 @@ import triton.language as tl
 E4M3_SHIFT = tl.constexpr(8)
 
 
+# Keys that share a scale. Attention's tiles of keys divide it.
+E4M3_BLOCK = tl.constexpr(128)
+
+
 @triton.jit
-def _terms_of(score, batch, head, first_row, HEADS, SEQ_Q, BLOCK_M: tl.constexpr):
-    """What makes scores of e4m3 products, a factor and a summand a row, each (BLOCK_M, 1); None in other calls."""
+def _terms_of(score, batch, head, kv_head, first_row, HEADS, KV_HEADS, SEQ_Q, SEQ_K, BLOCK_M: tl.constexpr):
+    """What makes scores of e4m3 products: a factor and a summand a row, each (BLOCK_M, 1), and where the keys' scales
+    are; None in other calls."""
     if score.quantized is None:
         return None
     else:
@@ -20,7 +25,17 @@ def _terms_of(score, batch, head, first_row, HEADS, SEQ_Q, BLOCK_M: tl.constexpr
         corner = score.quantized.terms_ptr + (batch * HEADS + head) * 2 * SEQ_Q
         factor = tl.load(corner + rows, mask=rows < SEQ_Q, other=0.0)
         summand = tl.load(corner + SEQ_Q + rows, mask=rows < SEQ_Q, other=0.0)
-        return (factor * score.scale)[:, None], (summand * score.scale)[:, None]
+        scales = score.quantized.k_scales_ptr + (batch * KV_HEADS + kv_head) * tl.cdiv(SEQ_K, E4M3_BLOCK)
+        return (factor * score.scale)[:, None], (summand * score.scale)[:, None], scales
+
+
+@triton.jit
+def _terms_of_tile(terms, first_key):
+    """Factor and summand of a tile's scores, of `_terms_of`."""
+    if terms is None:
+        return None
+    else:
+        return terms[0] * tl.load(terms[2] + first_key // E4M3_BLOCK), terms[1]
 
 
 @triton.jit
@@ -68,5 +83,5 @@ def _add_values(accumulator, weights, v):
 def _load_value_scales(score, batch, kv_head, KV_HEADS, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """(BLOCK_V,): what multiplies each column of the output."""
     WIDEST: tl.constexpr = BLOCK_V if BLOCK_V > BLOCK_D else BLOCK_D
-    corner = score.quantized.statistics_ptr + ((batch * KV_HEADS + kv_head) * 3 + 2) * WIDEST
+    corner = score.quantized.statistics_ptr + ((batch * KV_HEADS + kv_head) * 2 + 1) * WIDEST
     return tl.load(corner + tl.arange(0, BLOCK_V))

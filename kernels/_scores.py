@@ -51,7 +51,7 @@ def _scores_of(
 
     rows and keys count within the tile, shaped to broadcast against the products. The second result is the
     derivative of the soft cap, 1.0 without one. A masked score is -inf; what lies beyond the last row or key is not.
-    terms: of `_terms_of`, in the place of the scale.
+    terms: of `_terms_of_tile`, in the place of the scale.
     """
     if terms is None:
         scores = products * score.scale

@@ -27,6 +27,7 @@ from fastattn.kernels._quantized import (
     _load_value_scales,
     _load_value_tile,
     _terms_of,
+    _terms_of_tile,
 )
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
@@ -84,8 +85,9 @@ def _attend_keys(
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
         k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        of_tile = _terms_of_tile(terms, first_key)
         scores, _cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, terms
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, of_tile
         )
         if MASKED:
             visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
@@ -162,7 +164,7 @@ def _attention_forward_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    terms = _terms_of(score, batch, head, first_row, HEADS, SEQ_Q, BLOCK_M)
+    terms = _terms_of(score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M)
     if sinks_ptr is not None:
         # One more key, seen first, whose value is 0.
         row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E

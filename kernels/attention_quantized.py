@@ -51,7 +51,9 @@ def attention_e4m3_forward(
             v=rows_of(made.v),
             out=rows_of(out),
             lse_ptr=lse,
-            score=score_of(asked, q)._replace(quantized=Quantized(made.terms, made.statistics)),
+            score=score_of(asked, q)._replace(
+                quantized=Quantized(made.k_scales, made.terms, made.statistics)
+            ),
             sequences=sequences_of(asked),
             sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
             **(constants | blocks),

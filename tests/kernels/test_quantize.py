@@ -24,14 +24,16 @@ def operands(device: torch.device, seq_q: int = 5, seq_k: int = 70, **changes: o
 def values_of(made: Operands, like: Tensor) -> Tensor:
     """(batch, kv_heads, seq_k, v_dim) in float32: the tiles turned back, and their keys in their own order."""
     seq_k, v_dim = like.shape[2:]
-    tiles = made.v.float().unflatten(2, (-(-seq_k // BLOCK_N), -1))  # (..., tiles, columns, keys)
+    tiles = made.v.float().unflatten(
+        2, (-(-seq_k // 128) * (128 // BLOCK_N), -1)
+    )  # (..., tiles, columns, keys)
     # Of 16 keys, those two by two that a thread's products belong to are neighbours.
     place = torch.arange(BLOCK_N, device=like.device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
     ordered = torch.empty_like(tiles)
     ordered[..., place] = tiles
     rows = ordered.transpose(3, 4).flatten(2, 3)
     assert not rows[:, :, seq_k:].any() and not rows[..., v_dim:].any()
-    columns = made.statistics[:, :, 2, None, :v_dim]
+    columns = made.statistics[:, :, 1, None, :v_dim]
     return rows[:, :, :seq_k, :v_dim] * columns
 
 
@@ -40,11 +42,10 @@ def check(
 ) -> Operands:
     made = quantize_operands(q, k, v, key_lengths, BLOCK_N)
     expected_q, expected_k, expected_v, shift = reference.round_e4m3(q, k, v, key_lengths)
-    head_dim, groups = q.size(3), q.size(1) // k.size(1)
-    found_k = made.k.float()[..., :head_dim] * made.statistics[:, :, 1, :1, None]
-    # terms hold the product of both scales: the query's own is that over its key head's.
-    scale_k = made.statistics[:, :, 1, 0].repeat_interleave(groups, 1)[..., None]
-    found_q = made.q.float()[..., :head_dim] * (made.terms[:, :, 0] / scale_k)[..., None]
+    head_dim = q.size(3)
+    k_scales = made.k_scales.repeat_interleave(128, 2)[:, :, : k.size(2), None]
+    found_k = made.k.float()[..., :head_dim] * k_scales
+    found_q = made.q.float()[..., :head_dim] * made.terms[:, :, 0, :, None]
     if key_lengths is not None:
         seen = torch.arange(k.size(2), device=k.device) < key_lengths[:, None]
         found_k = torch.where(seen[:, None, :, None], found_k, 0.0)
