@@ -376,6 +376,7 @@ def attention(
         key_lengths: (batch,), int32 or int64: keys from there on are hidden, and not read. Causal masks and windows
             lie as if they were there.
         deterministic: gradients equal bit for bit from run to run. The kernels' always are.
+        quantize: "e4m3" rounds q, k, v and the weights to 8 bits before each product, for inference; see the notes.
         return_lse: also return L.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
@@ -387,7 +388,8 @@ def attention(
     Raises:
         TypeError: a tensor has a wrong dtype, or the dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or an argument's value is unknown.
-        NotSupported: the implementation asked for cannot take the call, or alibi_slopes wants a gradient.
+        NotSupported: the implementation asked for cannot take the call, or alibi_slopes wants a gradient, or anything
+            does with `quantize`, which also goes with no dropout and with no torch.func transform.
 
     Notes:
         Triton: products of 16-bit inputs accumulate in float32, and so does the softmax; float32 products are full
@@ -398,11 +400,20 @@ def attention(
         `torch.utils.checkpoint` recomputes the same. The kernels and PyTorch's path drop different weights.
         Under autocast q, k and v are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
         and forward-mode AD, calls go to PyTorch's operator, or are refused where it has no path.
+        With quantize="e4m3" the relative error of O, in the mean square and against float64, is about 5 % on normal
+        inputs, whatever the means of k's channels and the sizes of queries and of v's channels, and below 6 % in the
+        tests; that of L is below 0.05. It grows where one channel of k is far wider than all others (8 % at 20 times).
+        q has a scale a query, k one for 128 keys and a head, behind the mean of each channel, v one a channel and a
+        head; the call makes them, in two reads of k and v and one of q. The kernels need compute capability 8.9 and
+        head_dim and v_dim up to 256, and add up the products of weights and values in float32, but above v_dim 128 on
+        Hopper, where the tensor cores keep some 14 bits. "torch" and "reference" compute in float32 with the same
+        rounded q, k and v, but do not round the weights. An infinity counts as NaN.
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Milakov and Gimelshein, "Online normalizer
         calculation for softmax" (2018); Press et al., "Train Short, Test Long" (2022) for ALiBi; Salmon et al.,
-        "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout.
+        "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout; Shah et al., "FlashAttention-3" (2024),
+        section 3.3, and Zhang et al., "SageAttention" (2024), for 8 bits and the mean of the keys.
     """
     return _ATTENTION(
         implementation,
