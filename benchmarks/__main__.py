@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tests, run, demo (these by default), tune",
     )
     gpu.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds (default 20)")
+    gpu.add_argument(
+        "--tuning-minutes", type=float, default=20.0, metavar="N", help="for the part tune (default 20)"
+    )
     gpu.add_argument("--commit", help="recorded where the checkout has no git history")
     gpu.set_defaults(run=_gpu)
     return parser
@@ -163,7 +166,9 @@ def _gpu(chosen: argparse.Namespace) -> int:
     from benchmarks.report import FolderError
 
     try:
-        return run_gpu(Path(chosen.out), tuple(chosen.parts), chosen.rounds, chosen.commit, _say)
+        return run_gpu(
+            Path(chosen.out), tuple(chosen.parts), chosen.rounds, chosen.commit, _say, chosen.tuning_minutes
+        )
     except (NoGpuError, FolderError) as error:
         return _refuse(str(error))
 

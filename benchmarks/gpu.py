@@ -24,7 +24,7 @@ from benchmarks.report import make_console, results_folder, write_json
 # call, as the rows that are there are kept.
 _SUITE_MINUTES = 5
 # Not among the default parts; what is left comes with the next call here too.
-_TUNING_MINUTES = 20
+TUNING_MINUTES = 20.0
 
 
 class NoGpuError(Exception):
@@ -32,7 +32,12 @@ class NoGpuError(Exception):
 
 
 def run_gpu(
-    out: Path, parts: tuple[str, ...], rounds: int, commit: str | None, say: Callable[[str], None]
+    out: Path,
+    parts: tuple[str, ...],
+    rounds: int,
+    commit: str | None,
+    say: Callable[[str], None],
+    tuning_minutes: float = TUNING_MINUTES,
 ) -> int:
     """Runs the parts in order; a part that fails does not keep the next from running, and one that is done is left.
 
@@ -75,7 +80,7 @@ def run_gpu(
             failed.append("demo")
     if "tune" in parts:
         say("launch configs")
-        command = ["tune", "--out", str(folder / "tune"), "--resume", "--minutes", str(_TUNING_MINUTES)]
+        command = ["tune", "--out", str(folder / "tune"), "--resume", "--minutes", f"{tuning_minutes:g}"]
         if _benchmarks([*command, *recorded], folder / "tune.log") != 0:
             failed.append("tune")
     for part in failed:

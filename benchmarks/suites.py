@@ -198,11 +198,18 @@ SUITES = {
         ),
         Suite(
             "decode",
-            "one query against many keys",
+            "one query, or a few, against many keys",
             cpu=(AttentionCase(1, 8, 1, 64, kv_heads=2, seq_k=2048),),
             gpu=(
                 AttentionCase(16, 32, 1, 128, kv_heads=8, seq_k=8192, dtype=_BF16),
+                AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32768, dtype=_BF16),
+                AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=8192, dtype=_BF16),
+                AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=65536, dtype=_BF16),
                 AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=131072, dtype=_BF16),
+                AttentionCase(4, 32, 1, 64, kv_heads=8, seq_k=32768, dtype=_BF16),
+                # All heads share one key head; a few drafted tokens at once.
+                AttentionCase(8, 32, 1, 128, kv_heads=1, seq_k=32768, dtype=_BF16),
+                AttentionCase(4, 32, 4, 128, kv_heads=8, seq_k=32768, causal="bottom_right", dtype=_BF16),
             ),
             directions=(FORWARD,),
         ),

@@ -62,6 +62,31 @@ class AttentionConfig:
     dbias: AttentionTiles = AttentionTiles(64, 32, 4, 1)
 
 
+@dataclass(frozen=True)
+class CombineTiles:
+    """A tile of `block_s` splits of a row, all of its width."""
+
+    block_s: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch configs of the forward of few queries; see `fastattn.kernels._attention_grid`.
+
+    Attributes:
+        tiles: of the forward.
+        programs: how many of them run on the device at a time.
+        least_keys: of a split, beside which its accumulator, written and read in float32, is to be little traffic.
+        combine: of the kernel that puts the splits together.
+    """
+
+    tiles: AttentionTiles
+    programs: int
+    least_keys: int = 256
+    combine: CombineTiles = CombineTiles(16, 4)
+
+
 _INTERPRETED = AttentionTiles(32, 32, 1, 1)
 _INTERPRETED_ATTENTION = AttentionConfig(
     _INTERPRETED, _INTERPRETED, _INTERPRETED, delta=_INTERPRETED, dbias=_INTERPRETED
@@ -291,6 +316,71 @@ def select_attention_config(
 def _one_loop(config: AttentionConfig) -> AttentionConfig:
     """The same with one loop in dk and dv: of two, sm_100 spills at every width."""
     return replace(config, dk_dv=replace(config.dk_dv, one_loop=True))
+
+
+# Few queries: by family, bits, padded head dimension and rows, the tile (in one loop, as products do not bind) and how
+# many programs a multiprocessor runs at a time. Compiled with every option and read: no spills, loads of 16 bytes; none
+# measured. What they have in flight is in kernels/README.md. Rows that have no tiles of their own take those of fewer:
+# more tiles then, which read the same keys, all but the first from L2.
+_DECODE: dict[tuple[str, int, int, int], tuple[int, int, int, int, int]] = {
+    # HGMMA takes 64 rows or more.
+    ("hopper", 16, 64, 16): (64, 64, 4, 4, 2),
+    ("hopper", 16, 64, 128): (128, 64, 8, 4, 1),
+    ("hopper", 16, 128, 16): (64, 32, 4, 4, 2),
+    ("hopper", 16, 128, 128): (128, 32, 8, 4, 1),
+    # 8 warps, whose two groups compute the same scores: of 4, 94 spill loads.
+    ("hopper", 16, 256, 16): (64, 32, 8, 3, 1),
+    ("ampere", 16, 64, 16): (16, 64, 4, 3, 2),
+    ("ampere", 16, 64, 64): (64, 32, 4, 3, 2),
+    ("ampere", 16, 128, 16): (16, 32, 4, 3, 2),
+    ("ampere", 16, 128, 64): (32, 32, 4, 3, 2),
+    ("ampere", 16, 256, 16): (16, 32, 4, 3, 1),
+    ("small", 16, 64, 16): (16, 64, 1, 2, 4),
+    ("small", 16, 64, 64): (64, 64, 2, 2, 2),
+    ("small", 16, 128, 16): (16, 32, 1, 2, 4),
+    ("small", 16, 128, 64): (64, 32, 2, 2, 2),
+    ("small", 16, 256, 16): (16, 32, 2, 2, 2),
+}
+for _family, _stages in (("hopper", 2), ("ampere", 2), ("small", 1)):
+    _DECODE[_family, 32, 64, 16] = (16, 32, 4, _stages, 3)
+    _DECODE[_family, 32, 128, 16] = (16, 16, 4, _stages, 3)
+    _DECODE[_family, 32, 256, 16] = (16, 16, 8, 1, 1)
+_INTERPRETED_DECODE = DecodeConfig(
+    AttentionTiles(16, 16, 1, 1, one_loop=True), programs=8, least_keys=32, combine=CombineTiles(2, 1)
+)
+_ROWS = (16, 64, 128)
+
+
+def _row_class(rows: int) -> int:
+    return next((most for most in _ROWS if rows <= most), _ROWS[-1])
+
+
+@tunable(
+    lambda rows, head_dim, dtype, target: (
+        32 if dtype == torch.float32 else 16,
+        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
+        _row_class(rows),
+    )
+)
+def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: Target) -> DecodeConfig:
+    """The tiles where few rows of queries see many keys.
+
+    Args:
+        rows: that see the same keys: queries, times the heads of a group where these share a tile.
+        head_dim: up to 512, the wider of q's and v's.
+    """
+    if target.backend == "interpreter":
+        return _INTERPRETED_DECODE
+    family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
+    if head_dim > 256:
+        return DecodeConfig(_ATTENTION_WIDEST[family, bits], target.multiprocessors)
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    of_rows = _row_class(rows)
+    while (family, bits, width, of_rows) not in _DECODE:
+        of_rows //= 2
+    block_m, block_n, num_warps, num_stages, programs = _DECODE[family, bits, width, of_rows]
+    tiles = AttentionTiles(block_m, block_n, num_warps, num_stages, one_loop=True)
+    return DecodeConfig(tiles, programs * target.multiprocessors)
 
 
 def score_load(asked: AttentionOptions) -> str:

@@ -10,7 +10,7 @@ the benchmarks' providers and the tests ask for. Imports no Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -60,10 +60,19 @@ _FORMS["specialized", 256] = replace(
 )
 
 
+# Without what `tunable` puts before it: a measured config may be of another form.
+_modelled_config: Callable[..., AttentionConfig] = getattr(
+    select_attention_config, "__wrapped__", select_attention_config
+)
+
+
 def select_attention_form(
     head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", form: str = SHIPPED_FORM
 ) -> AttentionConfig:
-    """The config of a form, or that of "pointers" where `form_reason` says why there is none."""
+    """The config of a form, or that of "pointers" where `form_reason` says why there is none.
+
+    Of the form that ships it is the measured one, where there is one, of whatever form that is.
+    """
     if form == "pointers" or form_reason(head_dim, dtype, target, load, form) is not None:
         return select_attention_config(head_dim, dtype, target, load)
     return _FORMS[form, _width(head_dim)]
@@ -134,8 +143,8 @@ def fitting_config(
 ) -> AttentionConfig:
     """The config of a launch: the given one or the shipped form's, if it can read the tensors.
 
-    Else that of "pointers", whatever was given: tiles for descriptors need not fit without. `described`: whether
-    descriptors can read the tensors, see `layout_reason`.
+    Else the modelled one of "pointers", whatever was given or measured: tiles for descriptors need not fit without.
+    `described`: whether descriptors can read the tensors, see `layout_reason`.
     """
     if config is None:
         config = select_attention_form(head_dim, dtype, target, load)
@@ -145,7 +154,7 @@ def fitting_config(
     specialized = "specialized" in (config.forward.form, config.dq.form, config.dk_dv.form)
     if described and (load == "plain" or not specialized):
         return config
-    return select_attention_config(head_dim, dtype, target, load)
+    return _modelled_config(head_dim, dtype, target, load)
 
 
 def uses_descriptors(config: AttentionConfig) -> bool:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
+from fastattn.kernels._attention_grid import few_queries_grid
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import block_d, rows_readable
 from fastattn.kernels._options import AttentionOptions
@@ -24,16 +25,20 @@ class AttentionLaunch(NamedTuple):
     """Of one kernel: its tiles, its grid, and its arguments that are no tensors."""
 
     tiles: AttentionTiles
-    grid: tuple[int]
+    grid: tuple[int, ...]
     constants: dict[str, Any]
 
 
 class ForwardPlan(NamedTuple):
-    """How `attention_forward` launches, and which of q, k and v it reads where they lie."""
+    """How `attention_forward` launches, and which of q, k and v it reads where they lie.
+
+    `combine`: the launch that puts splits of the keys together, where the grid has an axis 1 of them.
+    """
 
     descriptors: bool
     in_place: tuple[bool, ...]
     forward: AttentionLaunch
+    combine: CombineTiles | None = None
 
 
 class BackwardPlan(NamedTuple):
@@ -61,6 +66,7 @@ def forward_plan(
     reach: tuple[Any, ...],
     config: AttentionConfig | None,
     target: Target,
+    folds: bool = False,
     described: bool = True,
 ) -> ForwardPlan:
     """The plan of tensors of these shapes and strides.
@@ -68,17 +74,21 @@ def forward_plan(
     Args:
         load: see `score_load`.
         reach: see `reach_of`.
-        config: replaces the one chosen for the shape and target.
+        config: replaces the one chosen for the shape and target, also where queries are few.
+        folds: see `may_fold`.
         described: whether descriptors can read the tensors.
     """
-    head_dim, v_dim = shape_q[3], shape_v[3]
-    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
-    sizes = _sizes(shape_q, shape_v, reach)
-    return ForwardPlan(
-        uses_descriptors(config),
-        tuple(rows_readable(of) for of in strides),
-        _by_queries(config.forward, shape_q[1], sizes, reach),
-    )
+    width, heads = max(shape_q[3], shape_v[3]), shape_q[1]
+    in_place, sizes = tuple(rows_readable(of) for of in strides), _sizes(shape_q, shape_v, reach)
+    few = few_queries_grid(heads, shape_v[1], reach, width, dtype, target, folds) if config is None else None
+    if few is not None:
+        launch = _by_queries(few.tiles, heads, sizes, reach)._replace(grid=few.grid)
+        launch.constants.update(FOLDED=few.folded, SPLIT=len(few.grid) > 1)
+        return ForwardPlan(False, in_place, launch, few.combine if len(few.grid) > 1 else None)
+    config = fitting_config(config, described, width, dtype, target, load)
+    launch = _by_queries(config.forward, heads, sizes, reach)
+    launch.constants.update(FOLDED=False, SPLIT=False)
+    return ForwardPlan(uses_descriptors(config), in_place, launch)
 
 
 @planned

@@ -38,13 +38,14 @@ class _Overrides:
     Attributes:
         active: whether there is anything, as a dict that is not empty: the quickest thing to ask for.
         measured: entries of `MEASURED`.
-        forced: a config that replaces all others.
+        forced: a config that replaces all others, of `forced_key` alone where that is not None.
         built: the configs made of entries, which hold plain values, by multiprocessors and key.
     """
 
     def __init__(self, measured: dict[Key, Measured]) -> None:
         self.measured = measured
         self.forced: Any = None
+        self.forced_key: Key | None = None
         self.built: dict[Key, Any] = {}
         self.active: dict[str, bool] = {}
         self.refresh()
@@ -85,7 +86,7 @@ def tunable(key: Callable[..., Key]) -> Callable[[Callable[P, C]], Callable[P, C
                 return model(*arguments, **keywords)
             target: Any = keywords["target"] if "target" in keywords else arguments[place]
             full_key = (target.name, *key(*arguments, **keywords))
-            config = overrides.forced
+            config = overrides.forced if overrides.forced_key in (None, full_key) else None
             if config is None and target.backend != "interpreter":
                 config = _measured_config(overrides, full_key, target, partial(model, *arguments, **keywords))
             if config is None:
@@ -127,19 +128,22 @@ def with_fields(config: Any, fields: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def forced_config(select: Callable[..., C] | str, config: C) -> Iterator[None]:
+def forced_config(select: Callable[..., C] | str, config: C, key: Key | None = None) -> Iterator[None]:
     """Within the block, a function that chooses launch configs returns this one, whatever it is asked for.
 
     For tuning and tests: it holds in all threads.
+
+    Args:
+        key: for which alone it does, the architecture first; None: for all.
     """
     overrides = _overrides[select if isinstance(select, str) else select.__name__]
-    before = overrides.forced
+    before = overrides.forced, overrides.forced_key
     try:
-        overrides.forced = config
+        overrides.forced, overrides.forced_key = config, key
         overrides.refresh()
         yield
     finally:
-        overrides.forced = before
+        overrides.forced, overrides.forced_key = before
         overrides.refresh()
 
 
@@ -198,7 +202,7 @@ def power_of_2(size: int) -> int:
 
 def warps_of(count: int, target: Target) -> int:
     """Warps of 32 threads, as this target's number of warps: AMD's hold 64."""
-    return count // 2 if target.backend == "hip" else count
+    return max(count // 2, 1) if target.backend == "hip" else count
 
 
 def walk_grid(rows: int, width: int, block_m: int, block_n: int, programs: int) -> tuple[int, int, int]:

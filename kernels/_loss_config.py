@@ -52,11 +52,12 @@ def select_cross_entropy_forward_config(
 
     Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight, and two
     programs of 8 warps on a multiprocessor then have 32 KiB on their way, about what hides an H200's latency. Narrow
-    loads, of a vocabulary such as 50,257, take tiles of 2,048: with 4,096 and 8 warps the gradient spilled.
+    loads, of a vocabulary such as 50,257, take tiles of 2,048: with 4,096 and 8 warps the gradient spilled. 1,024
+    classes are a warp's, whose sums then need no shared memory; several rows of fewer took up to 255 registers so.
     """
     if loads_are_wide(alignment, dtype):
-        return _config(classes, 32, 8, target)
-    return _config(classes, 16, 4, target)
+        return _config(classes, 32, 1 if power_of_2(classes) == 1024 else 4, 8, target)
+    return _config(classes, 16, 4, 4, target)
 
 
 @tunable(_key)
@@ -65,15 +66,17 @@ def select_cross_entropy_backward_config(
 ) -> CrossEntropyConfig:
     """A program computes one tile; with the statistics known, tiles of a row depend on nothing else."""
     per_thread = 16 if loads_are_wide(alignment, dtype) else 8
-    return _config(classes, per_thread, 4, target)
+    return _config(classes, per_thread, 4, 4, target)
 
 
-def _config(classes: int, per_thread: int, most_warps: int, target: Target) -> CrossEntropyConfig:
+def _config(
+    classes: int, per_thread: int, least_warps: int, most_warps: int, target: Target
+) -> CrossEntropyConfig:
     block_n = power_of_2(classes)
     if target.backend == "interpreter":
         return CrossEntropyConfig(block_m=4, block_n=min(block_n, 128), num_warps=1)
     block_n = min(block_n, 32 * most_warps * per_thread)
-    warps = min(max(block_n // per_thread // 32, 4), most_warps)
+    warps = min(max(block_n // per_thread // 32, least_warps), most_warps)
     # At most 64 rows of few classes: each takes registers for its statistics.
     block_m = min(max(32 * warps * per_thread // block_n, 1), 64)
     return CrossEntropyConfig(block_m, block_n, warps_of(warps, target))

@@ -17,12 +17,22 @@ class NormConfig:
 
     Where `block_n` is below the width, a row is walked in column tiles. It is at least 4, of which one draw of random
     numbers serves as many.
+
+    Attributes:
+        registers: of a thread, at most, where the compiler is told; it takes more than it needs to where it is not.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 1
+    registers: int | None = None
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """The tile and its warps, as the kernels' launches take them."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps, **limit}
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,11 @@ def select_norm_forward_config(
     `alignment` is what is known to divide the width and the row strides, in elements; the narrower the loads it
     allows, the more registers their addresses take. `heavy` says that there is dropout, or tensors of two dtypes.
 
-    Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight. For
-    32,768 columns it would take 32 warps, whose 64 registers a thread spill on some targets; and so do 16 and 32
-    elements of what is heavy in the loop over column tiles.
+    Compiled and read, not measured: 32 elements a thread are four 16-byte loads of a 16-bit type in flight, and no
+    more warps than that takes: one for up to 1,024 columns, whose sums then need no shared memory. For 32,768 columns
+    it would take 32 warps, whose 64 registers a thread spill on some targets; and so do 16 and 32 elements of what is
+    heavy in the loop over column tiles. From 8,192 columns on the compiler is held to 64 registers, in which these
+    tiles of 16 bits fit: one program more fits on a multiprocessor than with the 67 to 91 that it takes by itself.
     """
     block_n = _columns_of(width)
     if target.backend == "interpreter":
@@ -72,8 +84,11 @@ def select_norm_forward_config(
     per_thread = 32 if loads_are_wide(alignment, dtype) else 16
     if block_n > 512 * per_thread:
         return NormConfig(1, 256 * (8 if heavy else per_thread), warps_of(8, target))
-    warps = max(block_n // per_thread // 32, 4)
-    return NormConfig(_rows_of_a_tile(block_n, warps, per_thread), block_n, warps_of(warps, target))
+    warps = max(block_n // per_thread // 32, 1)
+    limited = target.backend == "cuda" and per_thread == 32 and not heavy
+    limited = limited and block_n >= (8192 if dtype.itemsize == 2 else 16384)
+    block_m = _rows_of_a_tile(block_n, warps, per_thread)
+    return NormConfig(block_m, block_n, warps_of(warps, target), registers=64 if limited else None)
 
 
 @tunable(
@@ -104,15 +119,18 @@ def select_norm_backward_config(
     narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
     heavy = heavy or any(dtype.itemsize != narrow.itemsize for dtype in dtypes)
     per_thread = 16 if loads_are_wide(alignment, narrow) and not heavy else 8
-    # Many rows at a time, since what takes the time is to wait for them.
-    sums = NormConfig(256, 16, warps_of(8, target))
     row_means = NormConfig(1, 256 * per_thread, warps_of(8, target))
     if block_n > 512 * per_thread:
         block_m, block_n, warps, programs = 4, 32 * per_thread, 4, 8 * target.multiprocessors
+        # Column tiles share the programs: tens of partial sums of each column.
+        sums = NormConfig(64, 32, warps_of(4, target))
     else:
-        warps = max(block_n // per_thread // 32, 8)
+        # Three tensors of several rows take 152 registers in 8 warps: one program a multiprocessor.
+        warps = max(block_n // per_thread // 32, 4 if len(dtypes) > 2 else 8)
         block_m = _rows_of_a_tile(block_n, warps, per_thread)
         programs = target.multiprocessors * 16 // warps
+        # All rows of partial sums at a time where they fit, since what takes the time is to wait for them.
+        sums = NormConfig(min(power_of_2(programs), 512), 16, warps_of(8, target))
     stages = _stages(block_m * block_n * sum(dtype.itemsize for dtype in dtypes), warps, target)
     walk = NormConfig(block_m, block_n, warps_of(warps, target), stages)
     return NormBackwardConfig(walk, row_means, sums, programs)

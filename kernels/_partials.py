@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._config import ceil_div, warps_of
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._norm_tiles import _load_tile
+from fastattn.kernels._partials_config import select_partial_sums_config
 from fastattn.kernels._target import Target
 
 
@@ -64,6 +65,6 @@ def add_up_partials(
 def sum_partials(partials: Tensor, dtype: torch.dtype, target: Target) -> Tensor:
     """The sums (width,) over the rows of `partials` (count, width), in a dtype."""
     total = partials.new_empty(partials.size(1), dtype=dtype)
-    block_m, block_n = (4, 64) if target.backend == "interpreter" else (64, 32)
-    add_up_partials(partials[None], [total], block_m, block_n, warps_of(4, target))
+    config = select_partial_sums_config(partials.size(1), target)
+    add_up_partials(partials[None], [total], config.block_m, config.block_n, config.num_warps)
     return total

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """What launch configs depend on.
+
+    Compared and hashed by identity, which costs no call of Python where a plan is looked up: each device has one.
 
     Attributes:
         backend: "cuda", "hip" or "interpreter".

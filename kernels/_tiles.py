@@ -24,12 +24,15 @@ def _load_rows(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAY_OVERRUN: tl.constexpr,
+    rows=None,
 ):
     """(ROWS, BLOCK_D): rows first .. first + ROWS of a (SEQ, HEAD_DIM) matrix, zeros beyond its last column.
 
-    With MAY_OVERRUN also zeros beyond its last row; without, no row may lie there.
+    With MAY_OVERRUN also zeros beyond its last row; without, no row may lie there. `rows`, (ROWS,), takes others
+    counted from first, and ptr may differ from row to row, (ROWS, 1).
     """
-    rows = tl.arange(0, ROWS)
+    if rows is None:
+        rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     pointers = ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MAY_OVERRUN:
@@ -95,6 +98,7 @@ def _load_own_tile(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPECIALIZED: tl.constexpr,
+    rows=None,
 ):
     """The tile that a program keeps throughout its loop.
 
@@ -105,7 +109,7 @@ def _load_own_tile(
         rows = tl.make_tensor_descriptor(ptr, [SEQ, HEAD_DIM], [stride, 1], [ROWS, BLOCK_D])
         return rows.load([first, 0])
     else:
-        return _load_rows(ptr, first, stride, SEQ, HEAD_DIM, ROWS, BLOCK_D, MAY_OVERRUN=True)
+        return _load_rows(ptr, first, stride, SEQ, HEAD_DIM, ROWS, BLOCK_D, MAY_OVERRUN=True, rows=rows)
 
 
 @triton.jit
@@ -118,9 +122,14 @@ def _store_rows(
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    rows=None,
 ):
-    """Writes a (ROWS, BLOCK_D) tile to rows first .. first + ROWS of a (SEQ, HEAD_DIM) matrix."""
-    rows = tl.arange(0, ROWS)
+    """Writes a (ROWS, BLOCK_D) tile to rows first .. first + ROWS of a (SEQ, HEAD_DIM) matrix, or to `rows` of it.
+
+    See `_load_rows`.
+    """
+    if rows is None:
+        rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     pointers = ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = (first + rows < SEQ)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -143,6 +152,30 @@ def _split_program(TILES, HEADS):
     program = tl.program_id(0)
     head = program // TILES
     return program % TILES, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+
+
+@triton.jit
+def _heads_of_rows(first_row, head, GROUPS, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr):
+    """The head of a tile's rows; with FOLDED that of each, (BLOCK_M,).
+
+    Folded rows are those of all heads of a group, `head` being its first: row r is query r // GROUPS of head
+    head + r % GROUPS.
+    """
+    if FOLDED:
+        return head + (first_row + tl.arange(0, BLOCK_M)) % GROUPS
+    else:
+        return head
+
+
+@triton.jit
+def _queries_of_rows(first_row, GROUPS, BLOCK_M: tl.constexpr, FOLDED: tl.constexpr):
+    """(first query of a tile, its rows' queries counted from there (BLOCK_M,)); see `_heads_of_rows`."""
+    rows = tl.arange(0, BLOCK_M)
+    if FOLDED:
+        first = first_row // GROUPS
+        return first, (first_row + rows) // GROUPS - first
+    else:
+        return first_row, rows
 
 
 @triton.jit
@@ -197,6 +230,19 @@ def _key_schedule(
         begin = tl.maximum(0, first_row + LOW) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(0, first_row + BLOCK_M - 1 + LOW), BLOCK_N) * BLOCK_N
     return begin, full_begin, full_end // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def _own_split(begin, full_begin, full_end, end, BLOCK_N: tl.constexpr):
+    """What of a schedule is this program's, of as many as axis 1 of the grid has: whole tiles, or none.
+
+    No program has more than one tile more than another.
+    """
+    tiles, split = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), tl.program_id(1)
+    least, more = tiles // tl.num_programs(1), tiles % tl.num_programs(1)
+    first = begin + (split * least + tl.minimum(split, more)) * BLOCK_N
+    last = first + (least + (split < more).to(tl.int32)) * BLOCK_N
+    return first, tl.maximum(full_begin, first), tl.minimum(full_end, last), tl.minimum(end, last)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
 from fastattn.kernels._attention_forms import layout_reason
+from fastattn.kernels._attention_grid import may_fold
 from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_place
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
@@ -31,10 +32,13 @@ from fastattn.kernels._quantized import (
 )
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
+    _heads_of_rows,
     _key_schedule,
     _key_window,
     _load_own_tile,
     _load_tile,
+    _own_split,
+    _queries_of_rows,
     _rows_at,
     _sequence,
     _split_program,
@@ -42,6 +46,7 @@ from fastattn.kernels._tiles import (
     _stretch,
     _visible,
 )
+from fastattn.kernels.attention_combine import attention_combine, empty_parts
 
 
 @triton.jit
@@ -59,6 +64,7 @@ def _attend_keys(
     head,
     HEADS,
     first_row,
+    rows,
     begin,
     end,
     SEQ_Q,
@@ -80,7 +86,7 @@ def _attend_keys(
 ):
     """Folds keys begin .. end, BLOCK_N at a time, into (accumulator, row_max, row_sum)."""
     ENDS: tl.constexpr = "rows" if ONE_LOOP else "none"
-    rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
+    rows = rows[:, None]  # (BLOCK_M, 1), from the tile's first query on, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
         k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
@@ -134,65 +140,90 @@ def _attention_forward_kernel(
     BLOCK_V: tl.constexpr,
     ONE_LOOP: tl.constexpr,
     SPECIALIZED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of out and lse of one head of one sequence.
 
     Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first: under a causal mask it is the
     longest. q and out are `Rows`, k and v too or both descriptors of (1, 1, BLOCK_N, width), lse (batch, HEADS, SEQ_Q),
     contiguous; SEQ_Q and SEQ_K are the tensors'.
+
+    FOLDED: a tile's rows are those of all heads of a group, as `_heads_of_rows` says; MAX_SEQ_Q * GROUPS rows and
+    HEADS // GROUPS heads in the grid. SPLIT: each program sees a part of the keys, of as many as axis 1 of the grid
+    has. Then out, (batch * splits, HEADS, SEQ_Q, V_DIM), takes accumulators, lse, (batch * splits, 2, HEADS, SEQ_Q),
+    maxima in base 2 and sums, and sinks are `attention_combine`'s. e4m3 operands go with neither.
     """
-    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
-    kv_head = head // GROUPS
+    if FOLDED:
+        tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_Q * GROUPS, BLOCK_M), HEADS // GROUPS)
+        head = kv_head * GROUPS
+    else:
+        tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
+        kv_head = head // GROUPS
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
-    first_row = (tl.cdiv(rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
+    first_row = (tl.cdiv(rows_q * GROUPS if FOLDED else rows_q, BLOCK_M) - 1 - tile) * BLOCK_M
     # Only packed rows return here, but the compiler computes with the sign it learns. Before a specialized loop, which
     # has no packed rows, it takes no return.
     if not SPECIALIZED:
         if first_row < 0:
             return
-    q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
+    heads = _heads_of_rows(first_row, head, GROUPS, BLOCK_M, FOLDED)
+    column = heads[:, None] if FOLDED else heads
+    place = held
+    if SPLIT:
+        place = held * tl.num_programs(1) + tl.program_id(1)
+    q_ptr = q.ptr + held * q.stride_b + column * q.stride_h + start_q * q.stride_m
     k_rows = _rows_at(k, held, kv_head, start_k)
     v_rows = _rows_at(v, held, kv_head, start_k)
-    out_ptr = out.ptr + held * out.stride_b + head * out.stride_h + start_q * out.stride_m
-    lse_ptr += (held * HEADS + head) * SEQ_Q + start_q
+    out_ptr = out.ptr + place * out.stride_b + column * out.stride_h + start_q * out.stride_m
+    lse_ptr += ((place * 2 if SPLIT else place) * HEADS + heads) * SEQ_Q + start_q
 
-    query = _load_own_tile(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED)
+    first_row, rows = _queries_of_rows(first_row, GROUPS, BLOCK_M, FOLDED)
+    query = _load_own_tile(
+        q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED, rows
+    )
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     terms = _terms_of(score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M)
     if sinks_ptr is not None:
         # One more key, seen first, whose value is 0.
-        row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
         row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0 if terms is None else 1.0 * 2**E4M3_SHIFT)
-    slope = _slope_of(score.slopes, batch, head)
+    slope = _slope_of(score.slopes, batch, column)
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if SPLIT:
+        begin, full_begin, full_end, end = _own_split(begin, full_begin, full_end, end, BLOCK_N)
     for part in tl.static_range(3 if ONE_LOOP else 0 if HAS_LEFT else 1, 4 if ONE_LOOP else 3):
         first, last = _stretch(part, begin, full_begin, full_end, end)
         accumulator, row_max, row_sum = _attend_keys(
             accumulator, row_max, row_sum, query, k_rows, v_rows,
-            score, slope, terms, batch, head, HEADS, first_row, first, last, rows_q, seq_k, offset, low, high,
+            score, slope, terms, batch, head, HEADS, first_row, rows, first, last, rows_q, seq_k, offset, low, high,
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
 
-    # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
-    result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    result = accumulator
+    if not SPLIT:
+        # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
+        result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     if terms is not None:
-        result = (
-            result * _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
-        )
-    _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V)
-    rows = first_row + tl.arange(0, BLOCK_M)
-    lse = row_max + tl.log2(row_sum)  # (BLOCK_M,)
-    lse = (lse if terms is None else lse - E4M3_SHIFT) * LN_2
-    tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=rows < rows_q)
+        result *= _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
+    _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, rows)
+    rows = first_row + rows
+    if SPLIT:
+        tl.store(lse_ptr + rows, row_max, mask=rows < rows_q)
+        tl.store(lse_ptr + tl.cast(HEADS, tl.int64) * SEQ_Q + rows, row_sum, mask=rows < rows_q)
+    else:
+        lse = row_max + tl.log2(row_sum)  # (BLOCK_M,)
+        lse = (lse if terms is None else lse - E4M3_SHIFT) * LN_2
+        tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=rows < rows_q)
 
 
 def attention_forward(
@@ -204,7 +235,8 @@ def attention_forward(
         q: (batch, heads, seq_q, head_dim).
         k, v: (batch, kv_heads, seq_k, head_dim) and (batch, kv_heads, seq_k, v_dim).
         options: the fields of `AttentionOptions`.
-        config: replaces the one chosen for the shape and device; see `fitting_config` for one with descriptors.
+        config: replaces the one chosen for the shape and device, also where queries are few (`few_queries_grid`); see
+            `fitting_config` for one with descriptors.
 
     Returns:
         out (batch, heads, seq_q, v_dim), and lse (batch, heads, seq_q), float32, natural logarithm.
@@ -221,7 +253,7 @@ def attention_forward(
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
     layout = (
         q.shape, v.shape, (q.stride(), k.stride(), v.stride()), q.dtype, score_load(asked), reach_of(asked, q, k),
-        config, _target.target_of(q.device),
+        config, _target.target_of(q.device), may_fold(asked),
     )  # fmt: skip
     plan = forward_plan(*layout)
     q, k, v = read_in_place((q, k, v), plan.in_place)
@@ -230,16 +262,21 @@ def attention_forward(
     tiles, grid, constants = plan.forward
     if grid[0] == 0:
         return out, lse
+    sinks = None if asked.sinks is None else asked.sinks.contiguous()
+    combine = plan.combine
+    parts = None if combine is None else empty_parts(out, grid[1])
     with _target.launching_on(q):
         _target.launcher(_attention_forward_kernel, grid, q, tiles.form == "specialized")(
             q=rows_of(q),
             k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),
             v=read_rows(v, tiles, tiles.block_n, constants["BLOCK_V"]),
-            out=rows_of(out),
-            lse_ptr=lse,
+            out=rows_of(out if parts is None else parts[0]),
+            lse_ptr=lse if parts is None else parts[1],
             score=score_of(asked, q),
             sequences=sequences_of(asked),
-            sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
+            sinks_ptr=sinks if parts is None else None,
             **constants,
         )
+        if parts is not None and combine is not None:
+            attention_combine(*parts, out, lse, sinks, asked, combine)
     return out, lse

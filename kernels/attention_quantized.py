@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Quantized, rows_of, score_of, sequences_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_config import AttentionConfig, score_load, select_attention_config
 from fastattn.kernels._attention_plan import forward_plan, reach_of
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
@@ -37,10 +37,12 @@ def attention_e4m3_forward(
     v_dim, width = v.size(3), padded_width(q.size(3))
     out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    target, load = _target.target_of(q.device), score_load(asked)
+    if config is None:  # one is always given to the plan, which has others for few queries
+        config = select_attention_config(max(width, v_dim), torch.float8_e4m3fn, target, load)
     tiles, grid, constants = forward_plan(
-        (*q.shape[:3], width), v.shape, (), torch.float8_e4m3fn, score_load(asked), reach_of(asked, q, k),
-        config, _target.target_of(q.device),
-    ).forward  # fmt: skip
+        (*q.shape[:3], width), v.shape, (), torch.float8_e4m3fn, load, reach_of(asked, q, k), config, target
+    ).forward
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     made = quantize_operands(q, k, v, asked.key_lengths, tiles.block_n)
     blocks = {"BLOCK_D": block_d(width, least=32), "BLOCK_V": block_d(v_dim, least=32)}

@@ -61,7 +61,8 @@ def _bias_activation_forward_kernel(
     x = _load_tile(x_ptr + rows[:, None] * stride_xm, columns, inside)  # (BLOCK_M, BLOCK_N)
     if bias_ptr is not None:
         x += _load_bias(bias_ptr, columns, WIDTH)
-    _store_tile(y_ptr + rows[:, None] * WIDTH, _activate(x, ACTIVATION), columns, inside)
+    y = _activate(x, ACTIVATION, y_ptr.dtype.element_ty)
+    _store_tile(y_ptr + rows[:, None] * WIDTH, y, columns, inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -88,6 +89,7 @@ def _bias_activation_backward_kernel(
     It writes dx and y, where these are given, and its sums for dbias to its row of partials_ptr, (programs, WIDTH) in
     float32. dx and y are contiguous, dy and x have unit column strides.
     """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty  # of dx and y too
     WIDTH = _multiple_of(WIDTH, ALIGNMENT)
     stride_dym, stride_xm = _multiple_of(stride_dym, ALIGNMENT), _multiple_of(stride_xm, ALIGNMENT)
     program = tl.program_id(0).to(tl.int64)
@@ -104,13 +106,13 @@ def _bias_activation_backward_kernel(
         if bias_ptr is not None:
             x += bias
         # dy is zero outside, but 0 * NaN would not be: a NaN of bias reaches its own column alone, which has it anyway.
-        dx = _through_activation(dy, x, ACTIVATION)
+        dx = _through_activation(dy, x, ACTIVATION, dtype)
         if partials_ptr is not None:
             dbias += dx
         if dx_ptr is not None:
             _store_tile(dx_ptr + rows[:, None] * WIDTH, dx, columns, inside)
         if y_ptr is not None:
-            _store_tile(y_ptr + rows[:, None] * WIDTH, _activate(x, ACTIVATION), columns, inside)
+            _store_tile(y_ptr + rows[:, None] * WIDTH, _activate(x, ACTIVATION, dtype), columns, inside)
     if partials_ptr is not None:
         tl.store(partials_ptr + program * WIDTH + columns, tl.sum(dbias, axis=0), mask=column_inside)
 
@@ -129,7 +131,7 @@ def bias_activation_forward(
     y = empty_contiguous(x)
     if x.numel() == 0:
         return y
-    plan = tile_plan(x.shape, (x.stride(),), config, _target.target_of(x.device))
+    plan = tile_plan(x.shape, (x.stride(),), x.dtype, 1, config, _target.target_of(x.device))
     with _target.launching_on(x):
         _bias_activation_forward_kernel[plan.grid](
             x_ptr=plan.read(0, x),

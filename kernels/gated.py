@@ -40,7 +40,8 @@ def _gated_forward_kernel(
     rows, columns, inside = _tile_of(tl.program_id(0), ROWS, WIDTH, BLOCK_M, BLOCK_N)
     value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)  # (BLOCK_M, BLOCK_N)
     gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
-    _store_tile(y_ptr + rows[:, None] * WIDTH, value * _activate(gate, ACTIVATION), columns, inside)
+    y = value * _activate(gate, ACTIVATION, y_ptr.dtype.element_ty)
+    _store_tile(y_ptr + rows[:, None] * WIDTH, y, columns, inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -73,11 +74,11 @@ def _gated_backward_kernel(
     dy = _load_tile(dy_ptr + rows[:, None] * stride_dym, columns, inside)  # (BLOCK_M, BLOCK_N)
     gate = _load_tile(gate_ptr + rows[:, None] * stride_gm, columns, inside)
     if dvalue_ptr is not None:
-        dvalue = dy * _activate(gate, ACTIVATION)
+        dvalue = dy * _activate(gate, ACTIVATION, gate_ptr.dtype.element_ty)
         _store_tile(dvalue_ptr + rows[:, None] * stride_dvm, dvalue, columns, inside)
     if dgate_ptr is not None:
         value = _load_tile(value_ptr + rows[:, None] * stride_vm, columns, inside)
-        dgate = _through_activation(dy * value, gate, ACTIVATION)
+        dgate = _through_activation(dy * value, gate, ACTIVATION, gate_ptr.dtype.element_ty)
         _store_tile(dgate_ptr + rows[:, None] * stride_dgm, dgate, columns, inside)
 
 
@@ -94,7 +95,8 @@ def gated_forward(
     y = empty_contiguous(value)
     if y.numel() == 0:
         return y
-    plan = tile_plan(value.shape, (value.stride(), gate.stride()), config, _target.target_of(value.device))
+    strides = (value.stride(), gate.stride())
+    plan = tile_plan(value.shape, strides, value.dtype, 2, config, _target.target_of(value.device))
     with _target.launching_on(value):
         _gated_forward_kernel[plan.grid](
             value_ptr=plan.read(0, value),
@@ -135,7 +137,7 @@ def _launch_backward(
     if dy.numel() == 0 or (dvalue is None and dgate is None):
         return
     strides = [None if t is None else t.stride() for t in (dy, value, gate, dvalue, dgate)]
-    plan = tile_plan(dy.shape, tuple(strides), None, _target.target_of(value.device))
+    plan = tile_plan(dy.shape, tuple(strides), value.dtype, 3, None, _target.target_of(value.device))
     with _target.launching_on(value):
         _gated_backward_kernel[plan.grid](
             dy_ptr=plan.read(0, dy),

@@ -20,7 +20,8 @@ def _gelu_forward_kernel(x_ptr, y_ptr, SIZE, ACTIVATION: tl.constexpr, BLOCK: tl
     offsets = tl.arange(0, BLOCK)
     inside = offsets < SIZE - start  # (BLOCK,): the last program overruns
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + start + offsets, _activate(x, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(y_ptr + start + offsets, _activate(x, ACTIVATION, dtype).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -31,8 +32,9 @@ def _gelu_backward_kernel(dy_ptr, x_ptr, dx_ptr, SIZE, ACTIVATION: tl.constexpr,
     inside = offsets < SIZE - start  # (BLOCK,): the last program overruns
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    dx = _through_activation(dy, x, ACTIVATION)
-    tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    dx = _through_activation(dy, x, ACTIVATION, dtype)
+    tl.store(dx_ptr + start + offsets, dx.to(dtype), mask=inside)
 
 
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
@@ -41,7 +43,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return y
     x = _in_layout_of(y, x)
-    config = select_gelu_config(_target.target_of(x.device))
+    config = select_gelu_config(x.dtype, 1, _target.target_of(x.device))
     with _target.launching_on(x):
         _gelu_forward_kernel[(ceil_div(x.numel(), config.block),)](
             x_ptr=x,
@@ -60,7 +62,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return dx
     x, dy = _in_layout_of(dx, x), _in_layout_of(dx, dy)
-    config = select_gelu_config(_target.target_of(x.device))
+    config = select_gelu_config(x.dtype, 2, _target.target_of(x.device))
     with _target.launching_on(x):
         _gelu_backward_kernel[(ceil_div(x.numel(), config.block),)](
             dy_ptr=dy,

@@ -7,6 +7,8 @@ activation of pre again where the forward has not kept it. One kernel: the produ
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ from fastattn.kernels._activation import _activate, _through_activation
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._linear_config import LinearConfig, select_linear_config
 from fastattn.kernels._partials import sum_partials
+from fastattn.kernels._plan import planned
+from fastattn.kernels._target import Target
 
 # Within a tile of at most 256 rows, offsets are 32-bit integers.
 _MAX_STRIDE = (1 << 31) // 256
@@ -110,16 +114,17 @@ def _epilogue(
         if pre_ptr is not None:
             tl.store(pre_ptr + offsets, pre, mask=inside)
         if act_ptr is not None:
-            tl.store(act_ptr + offsets, _activate(pre.to(tl.float32), ACTIVATION).to(dtype), mask=inside)
+            act = _activate(pre.to(tl.float32), ACTIVATION, dtype)
+            tl.store(act_ptr + offsets, act.to(dtype), mask=inside)
     else:
         pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         # Zero outside: rows of zeros made the product, and pre is 0 there.
-        dpre = _through_activation(product, pre, ACTIVATION)
+        dpre = _through_activation(product, pre, ACTIVATION, dtype)
         tl.store(dpre_ptr + offsets, dpre.to(dtype), mask=inside)
         if partials_ptr is not None:
             tl.store(partials_ptr + columns, tl.sum(dpre, axis=0), mask=column_inside)
         if act_ptr is not None:
-            tl.store(act_ptr + offsets, _activate(pre, ACTIVATION).to(dtype), mask=inside)
+            tl.store(act_ptr + offsets, _activate(pre, ACTIVATION, dtype).to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -215,11 +220,19 @@ def linear_activation_forward(
         pre and act, (rows, hidden) in x's dtype, contiguous; an empty tensor for one that is not asked for.
     """
     shape = (x.size(0), weight.size(0))
-    pre, act = (x.new_empty(shape if need else 0) for need in (need_pre, need_act))
-    if need_pre or need_act:
-        given = {"pre_ptr": pre if need_pre else None, "act_ptr": act if need_act else None}
-        bias = None if bias is None else bias.contiguous()
-        _launch(x, weight.t(), activation, config, bias_ptr=bias, dpre_ptr=None, partials=None, **given)
+    pre, act = x.new_empty(shape if need_pre else 0), x.new_empty(shape if need_act else 0)
+    if (need_pre or need_act) and 0 not in shape:
+        _launch(
+            x,
+            weight.t(),
+            activation,
+            config,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            pre_ptr=pre if need_pre else None,
+            act_ptr=act if need_act else None,
+            dpre_ptr=None,
+            partials_ptr=None,
+        )
     return pre, act
 
 
@@ -253,14 +266,22 @@ def linear_activation_backward(
     if pre.numel() == 0:
         return dpre, pre.new_zeros(0 if dbias_dtype is None else hidden, dtype=dbias_dtype), act
     target = _target.target_of(pre.device)
-    if config is None:
-        config = select_linear_config(pre.dtype, target)
     partials = None
     if dbias_dtype is not None:
+        config = config or select_linear_config(pre.dtype, target)
         row_tiles = ceil_div(pre.size(0), config.block_m)
         partials = pre.new_empty((row_tiles, hidden), dtype=torch.float32)
-    given = {"pre_ptr": pre.contiguous(), "act_ptr": act if need_act else None, "dpre_ptr": dpre}
-    _launch(dy, weight, activation, config, bias_ptr=None, partials=partials, **given)
+    _launch(
+        dy,
+        weight,
+        activation,
+        config,
+        bias_ptr=None,
+        pre_ptr=pre.contiguous(),
+        act_ptr=act if need_act else None,
+        dpre_ptr=dpre,
+        partials_ptr=partials,
+    )
     if partials is None or dbias_dtype is None:
         return dpre, pre.new_empty(0), act
     with _target.launching_on(pre):
@@ -268,48 +289,66 @@ def linear_activation_backward(
 
 
 def _launch(
-    a: Tensor,
-    b: Tensor,
-    activation: str,
-    config: LinearConfig | None,
-    *,
-    partials: Tensor | None,
-    **epilogue: Tensor | None,
+    a: Tensor, b: Tensor, activation: str, config: LinearConfig | None, **epilogue: Tensor | None
 ) -> None:
-    """The product of a (rows, depth) and b (depth, columns), into what the epilogue is given."""
-    (rows, depth), columns = a.shape, b.size(1)
-    if rows == 0 or columns == 0:
-        return
-    a, b = _readable(a), _readable(b)
-    if config is None:
-        config = select_linear_config(a.dtype, _target.target_of(a.device))
+    """The product of a (rows, depth) and b (depth, columns), with elements, into what the epilogue is given."""
+    plan = _plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, config, _target.target_of(a.device))
     with _target.launching_on(a):
-        _linear_activation_kernel[(ceil_div(rows, config.block_m) * ceil_div(columns, config.block_n),)](
-            a_ptr=a,
-            b_ptr=b,
+        _linear_activation_kernel[plan.grid](
+            a_ptr=a if plan.reads_a else a.contiguous(),
+            b_ptr=b if plan.reads_b else b.contiguous(),
             **epilogue,
-            partials_ptr=partials,
-            stride_am=a.stride(0),
-            stride_ak=a.stride(1),
-            stride_bk=b.stride(0),
-            stride_bn=b.stride(1),
-            ROWS=rows,
-            COLUMNS=columns,
-            DEPTH=depth,
             ACTIVATION=activation,
-            EVEN_N=columns % config.block_n == 0,
-            EVEN_K=depth % config.block_k == 0,
-            PIECES=config.pieces,
-            GROUP_M=config.group_m,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **plan.constants,
         )
 
 
-def _readable(matrix: Tensor) -> Tensor:
-    """The matrix itself where one of its strides is 1 and the other fits a tile's offsets, else a copy."""
-    strides = matrix.stride()
-    return matrix if 1 in strides and max(strides) <= _MAX_STRIDE else matrix.contiguous()
+class _Plan(NamedTuple):
+    """The launch, and which of the two matrices it reads where they lie."""
+
+    reads_a: bool
+    reads_b: bool
+    grid: tuple[int]
+    constants: dict[str, Any]
+
+
+@planned
+def _plan(
+    shape_a: tuple[int, ...],
+    strides_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    strides_b: tuple[int, ...],
+    dtype: torch.dtype,
+    config: LinearConfig | None,
+    target: Target,
+) -> _Plan:
+    (rows, depth), columns = shape_a, shape_b[1]
+    config = config or select_linear_config(dtype, target)
+    reads_a, reads_b = _readable(strides_a), _readable(strides_b)
+    stride_am, stride_ak = strides_a if reads_a else (depth, 1)
+    stride_bk, stride_bn = strides_b if reads_b else (columns, 1)
+    constants = {
+        "stride_am": stride_am,
+        "stride_ak": stride_ak,
+        "stride_bk": stride_bk,
+        "stride_bn": stride_bn,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "DEPTH": depth,
+        "EVEN_N": columns % config.block_n == 0,
+        "EVEN_K": depth % config.block_k == 0,
+        "PIECES": config.pieces,
+        "GROUP_M": config.group_m,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    grid = (ceil_div(rows, config.block_m) * ceil_div(columns, config.block_n),)
+    return _Plan(reads_a, reads_b, grid, constants)
+
+
+def _readable(strides: tuple[int, ...]) -> bool:
+    """Whether one of a matrix's strides is 1 and the other fits a tile's offsets."""
+    return 1 in strides and max(strides) <= _MAX_STRIDE

@@ -20,7 +20,7 @@ from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._dropout import _dropped_rows
 from fastattn.kernels._layout import empty_contiguous
-from fastattn.kernels._norm_config import NormBackwardConfig, NormConfig, select_norm_backward_config
+from fastattn.kernels._norm_config import NormBackwardConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
     _column_tile,
     _inverse,
@@ -219,14 +219,8 @@ def norm_backward(
         The gradient of h, which is that of the residual and of an x without dropout and rowscale; that of x; both
         contiguous; dweight and dbias. An empty tensor stands for each gradient not asked for.
     """
-    shape = kept.shape[kept.dim() - dims :]
-    dsum, dx = (
-        kept.new_empty(0) if dtype is None else empty_contiguous(kept, dtype)
-        for dtype in (dsum_dtype, dx_dtype)
-    )
-    dweight, dbias = (
-        kept.new_empty(0 if dtype is None else shape, dtype=dtype) for dtype in (dweight_dtype, dbias_dtype)
-    )
+    of_rows, of_columns = (dsum_dtype, dx_dtype), (dweight_dtype, dbias_dtype)
+    dsum, dx, dweight, dbias = gradients = _empty_gradients(kept, dims, of_rows, of_columns)
     if kept.numel() == 0:
         return dsum, dx, dweight.zero_(), dbias.zero_()
     plan = _plan(
@@ -250,10 +244,10 @@ def norm_backward(
         "ZERO_CENTERED": zero_centered,
         "FROM_OUTPUT": from_output,
     }
-    parameters = [t for t, dtype in ((dweight, dweight_dtype), (dbias, dbias_dtype)) if dtype is not None]
-    needs_dsum = dsum_dtype is not None or dx_dtype is not None
+    parameters = [t for t, dtype in zip(gradients[2:], of_columns, strict=True) if dtype is not None]
+    needs_dsum = of_rows != (None, None)
     if not parameters and not needs_dsum:
-        return dsum, dx, dweight, dbias
+        return gradients
     partials = rstd.new_empty((len(parameters), *plan.partials)) if parameters else None
     with _target.launching_on(kept):
         _norm_backward_kernel[walk.grid](
@@ -273,6 +267,19 @@ def norm_backward(
         )
         if partials is not None:
             add_up_partials(partials, parameters, *plan.sums)
+    return gradients
+
+
+def _empty_gradients(
+    kept: Tensor,
+    dims: int,
+    of_rows: tuple[torch.dtype | None, ...],
+    of_columns: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of these dtypes before they are made: those like `kept`, then those over its columns."""
+    dsum, dx = (kept.new_empty(0) if dtype is None else empty_contiguous(kept, dtype) for dtype in of_rows)
+    shape = kept.shape[kept.dim() - dims :]
+    dweight, dbias = (kept.new_empty(0 if dtype is None else shape, dtype=dtype) for dtype in of_columns)
     return dsum, dx, dweight, dbias
 
 
@@ -310,20 +317,16 @@ def _plan(
     walk, sums = config.walk, config.sums
     grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
     sizes = {"ROWS": rows, "WIDTH": width, "ALIGNMENT": alignment}
-    constants = sizes | _tile(walk) | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
+    constants = sizes | walk.tile | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
     row_means = None
     if walk.block_n < width:
-        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | _tile(config.row_means)
+        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | config.row_means.tile
     return _Plan(
         RowsPlan(in_place, distances, grid, constants),
         (grid[0], width),
         (sums.block_m, sums.block_n, sums.num_warps),
         row_means,
     )
-
-
-def _tile(config: NormConfig) -> dict[str, int]:
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps}
 
 
 def _row_means(rstd: Tensor, loaded: dict[str, Any], plan: _Plan) -> Tensor | None:

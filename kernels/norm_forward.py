@@ -258,8 +258,6 @@ def _plan(
         "WIDTH": width,
         "ONE_TILE": config.block_n >= width,
         "ALIGNMENT": alignment,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
+        **config.tile,
     }
     return RowsPlan(in_place, distances, (ceil_div(rows, config.block_m),), constants)

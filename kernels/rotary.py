@@ -268,6 +268,7 @@ def _launch(
         tuple([t.stride() for t in tensors]),
         cos.size(1),
         given[0] is results[0],
+        given[0].dtype,
         _target.target_of(cos.device),
     )
     if plan is None:
@@ -308,6 +309,7 @@ def _plan(
     strides: tuple[tuple[int, ...], ...],
     pairs: int,
     in_place: bool,
+    dtype: torch.dtype,
     target: Target,
 ) -> _Plan | None:
     """The plan for one or two tensors, of whose results are the other strides; None where there is no element."""
@@ -321,9 +323,9 @@ def _plan(
         batch, _, seq, head_dim = shapes[0]
         heads = [shape[1] for shape in shapes]
         distances = [(first, head, row) for first, head, row, _ in strides]
-    config = select_rotary_config(pairs, 0 if in_place else head_dim - 2 * pairs, target)
+    config = select_rotary_config(pairs, 0 if in_place else head_dim - 2 * pairs, dtype, target)
     tiles = batch * ceil_div(seq, config.block_m)
-    group = heads_of_program(heads, tiles, target)
+    group = heads_of_program(heads, tiles, config.programs)
     unit = gcd(_MAX_UNIT, *(distance for of in distances for distance in of))
     constants = {
         "SEQ": seq,

@@ -22,6 +22,7 @@ def _make(*shape: int, seed: int = 0) -> Callable[[torch.device], Tensor]:
 
 
 _QKV = [_make(BATCH, HEADS, SEQ, WIDTH, seed=seed) for seed in range(3)]
+_ONE_QUERY = [_make(BATCH, HEADS, n, WIDTH, seed=seed) for seed, n in enumerate((1, 70, 70))]
 _PACKED = [_make(SEQ, HEADS, WIDTH, seed=seed) for seed in range(3)]
 _ROWS, _WEIGHT, _BIAS = _make(SEQ, WIDTH), _make(WIDTH, seed=1), _make(WIDTH, seed=2)
 _MATRIX = _make(WIDTH, WIDTH, seed=3)
@@ -36,6 +37,10 @@ def _rotary(x: Tensor) -> Tensor:
     cos, sin = fastattn.rotary_tables(SEQ, WIDTH, device=x.device)
     positions = _constant(list(range(SEQ)), torch.int64, x.device).expand(BATCH, SEQ)
     return fastattn.rotary_embedding(x, cos, sin, positions=positions)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return fastattn.attention(q, k, v, key_lengths=_constant([70, 33], torch.int32, q.device))
 
 
 def _linear_loss(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,6 +66,7 @@ CALLS: dict[str, tuple[list[Callable[[torch.device], Tensor]], Call]] = {
     "attention": (_QKV, lambda q, k, v: fastattn.attention(q, k, v, causal=True)),
     "attention_dropout": (_QKV, lambda q, k, v: fastattn.attention(q, k, v, dropout_p=0.25)),
     "attention_varlen": (_PACKED, _varlen),
+    "attention_decode": (_ONE_QUERY, _decode),
     "sdpa": (_QKV, lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)),
     "layer_norm": ([_ROWS, _WEIGHT, _BIAS], lambda x, w, b: fastattn.layer_norm(x, WIDTH, w, b)),
     "rms_norm": ([_ROWS, _WEIGHT], lambda x, w: fastattn.rms_norm(x, WIDTH, w)),

@@ -15,17 +15,21 @@ from fastattn import reference
 
 @dataclass(frozen=True)
 class LossCase:
-    """Mean cross-entropy of logits (rows, vocabulary); a tenth of the targets is ignored."""
+    """Mean cross-entropy of logits (rows, vocabulary); a tenth of the targets is ignored.
+
+    Only the inspector's cases have `all_options`: label smoothing, z-loss and a soft cap.
+    """
 
     rows: int
     vocabulary: int
     dtype: torch.dtype = torch.float32
+    all_options: bool = False
 
     operation: ClassVar[str] = "loss"
 
     @property
     def name(self) -> str:
-        return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.vocabulary}"
+        return f"{DTYPE_NAMES[self.dtype]}-{self.rows}x{self.vocabulary}" + "-options" * self.all_options
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         return (draw(self.rows, self.vocabulary, dtype=self.dtype, device=device, requires_grad=True),)

@@ -29,6 +29,7 @@ class Device:
         registers, shared, warps, programs: of a multiprocessor; registers of 32 bits for all threads.
         register_unit: in which registers of a warp are given out.
         reserved_shared: bytes that the system takes of each program's shared memory.
+        latency_us: of a load from device memory while the memory is busy; of the order that microbenchmarks publish.
     """
 
     name: str
@@ -44,13 +45,14 @@ class Device:
     reserved_shared: int = 1024
     special_per_clock: int = 16
     threads_of_a_warp: int = 32
+    latency_us: float = 0.8
 
 
 # From the vendors' data sheets and, for the limits of a multiprocessor, NVIDIA's table of compute capabilities
 # and AMD's CDNA3 description (four SIMDs of 512 registers a lane and eight waves each).
 DEVICES = {
     "sm_75": Device("T4", 65, 8.1, 1.59, 320, shared=65_536, warps=32, programs=16, reserved_shared=0),
-    "sm_80": Device("A100 80 GB", 312, 19.5, 1.41, 2039, shared=167_936),
+    "sm_80": Device("A100 80 GB", 312, 19.5, 1.41, 2039, shared=167_936, latency_us=0.6),
     "sm_86": Device("A40", 149.7, 37.4, 1.74, 696, shared=102_400, warps=48, programs=16),
     "sm_89": Device("RTX 4090", 165.2, 82.6, 2.52, 1008, shared=102_400, warps=48, programs=24),
     "sm_90": Device("H200", 989.4, 66.9, 1.83, 4800),
@@ -79,6 +81,44 @@ def programs_per_multiprocessor(code: MachineCode, arch: str) -> int:
 def occupancy(code: MachineCode, arch: str) -> float:
     """The share of a multiprocessor's warps that are there at a time."""
     return programs_per_multiprocessor(code, arch) * code.warps / DEVICES[arch].warps
+
+
+def needed_in_flight(arch: str) -> float:
+    """Bytes that a multiprocessor must have on their way for all of the memory's bandwidth (Little, 1961)."""
+    device = DEVICES[arch]
+    return device.memory_gb_s * 1e9 * device.latency_us * 1e-6 / KNOWN_TARGETS[arch].multiprocessors
+
+
+# Instructions of a thread that a multiprocessor starts in a clock: of a warp, on each of four schedulers.
+_ISSUED_PER_CLOCK = 128
+# The sizes of what a kernel goes over, by their names; the constants that shape its tile begin with BLOCK.
+_SIZES = (("SIZE",), ("ROWS", "WIDTH"), ("ROWS", "CLASSES"), ("COUNT", "WIDTH"))
+
+
+def tile_of(launch: Launch) -> tuple[int, float]:
+    """Of a kernel that goes over elements: how many there are, and those of a tile that lie within the sizes.
+
+    (0, 0.0) for kernels of matrix products, whose elements enter many times.
+    """
+    arguments = launch.arguments
+    if "DEPTH" in arguments:
+        return 0, 0.0
+    for names in _SIZES:
+        if all(name in arguments for name in names):
+            sizes = [arguments[name] for name in names]
+            blocks = [v for n, v in arguments.items() if n.startswith("BLOCK")]
+            inside = (size / -(-size // block) for size, block in zip(sizes, blocks, strict=True))
+            return prod(sizes), prod(inside)
+    if "GROUP" in arguments and "PAIRS" in arguments:  # rotary: a head's features at some positions
+        features = [t for t in tensors_of(arguments) if t.dim() > 2]
+        return sum(t.numel() for t in features) // 2, arguments["BLOCK_M"] * arguments["HEAD_DIM"]
+    return 0, 0.0
+
+
+def issue_ms(elements: int, an_element: float, arch: str) -> float:
+    """The least time in which all multiprocessors start so many instructions an element."""
+    a_second = KNOWN_TARGETS[arch].multiprocessors * _ISSUED_PER_CLOCK * DEVICES[arch].clock_ghz * 1e9
+    return elements * an_element / a_second * 1e3
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "dtype": dict(DTYPES),
     "causal": {**_FLAGS, "top_left": "top_left", "bottom_right": "bottom_right"},
     "affine": _FLAGS,
+    "all_options": _FLAGS,
     "approximate": {"none": "none", "tanh": "tanh"},
 }
 

@@ -30,7 +30,7 @@ from fastattn.kernels import _target
 from fastattn.kernels._target import KNOWN_TARGETS
 
 _SCALARS = ("fp16", "bf16", "fp32", "fp64", "i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class LaunchError(Exception):

@@ -15,6 +15,8 @@ from typing import Any
 
 import triton
 
+from benchmarks.inspection.in_flight import bytes_in_flight
+
 # One line of SASS: address, predicate, operation, operands.
 _SASS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.MULTILINE)
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
@@ -33,6 +35,7 @@ class MachineCode:
         warp_specialized: whether warps were given different code (a producer and consumers).
         warps: of a program, those that specialization adds included.
         special_functions: exp2, log2, reciprocals, roots, tanh.
+        thread_bytes: of loads that a thread waits for at a time, see in_flight.py; 0 for AMD's, which is not read so.
         loop_*: the same for the main loop, the innermost one with the most matrix instructions, or where there are
             none the longest; the shortest of equals.
     """
@@ -53,6 +56,7 @@ class MachineCode:
     loop_instructions: int = 0
     loop_special_functions: int = 0
     loop_tensor_cores: dict[str, int] = field(default_factory=dict)
+    thread_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Binary:
 class _Instruction:
     operation: str
     target: int | None  # where a branch jumps to, as a position in the list
+    operands: str = ""
 
 
 def binary_of(compiled: Any) -> Binary:
@@ -146,6 +151,7 @@ def _read_sass(binary: Binary, instructions: Sequence[_Instruction]) -> MachineC
         loop_instructions=len(loop),
         loop_special_functions=_count(loop, "MUFU"),
         loop_tensor_cores=_tensor_counts(loop, _sass_tensor),
+        thread_bytes=bytes_in_flight((i.operation, i.operands) for i in instructions),
     )
 
 
@@ -188,7 +194,8 @@ def _parse_sass(found: Sequence[tuple[str, str, str]]) -> list[_Instruction]:
     instructions = []
     for _, operation, operands in found:
         jump = re.search(r"0x([0-9a-f]+)\)?\s*$", operands) if operation.startswith("BRA") else None
-        instructions.append(_Instruction(operation, position.get(int(jump.group(1), 16)) if jump else None))
+        to = position.get(int(jump.group(1), 16)) if jump else None
+        instructions.append(_Instruction(operation, to, operands if to is None else ""))
     # The padding behind the last branch to itself is no code.
     while instructions and instructions[-1].operation in ("NOP", "BRA"):
         instructions.pop()

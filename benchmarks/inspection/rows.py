@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 
 import torch
 
@@ -20,8 +21,18 @@ from benchmarks.cases import (
     OpCase,
     RMSNormCase,
     RotaryCase,
+    SwigluCase,
 )
-from benchmarks.inspection.bounds import bound_of, occupancy, programs_per_multiprocessor, work_of
+from benchmarks.inspection.bounds import (
+    DEVICES,
+    bound_of,
+    issue_ms,
+    needed_in_flight,
+    occupancy,
+    programs_per_multiprocessor,
+    tile_of,
+    work_of,
+)
 from benchmarks.inspection.launches import Launch, compile_launch, record_launches
 from benchmarks.inspection.machine_code import Binary, MachineCode, binary_of, read_machine_codes
 from fastattn.kernels._attention_config import score_load
@@ -39,7 +50,14 @@ _E4M3_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 @dataclass(frozen=True)
 class InspectionRow:
-    """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times."""
+    """A kernel as compiled for one architecture; see `MachineCode` for the counts and `Bound` for the times.
+
+    Attributes:
+        in_flight: bytes of loads that a multiprocessor's programs wait for at a time, over what the memory's
+            bandwidth needs (`needed_in_flight`); 0 where it is not read.
+        an_element: instructions of the loop, or without one of all the code, for each element; 0 for products.
+        issue: the time to start these over the launch's bound.
+    """
 
     case: str
     arch: str
@@ -69,6 +87,10 @@ class InspectionRow:
     bound_by: str = ""
     bound: str = ""
     error: str = ""
+    thread_bytes: int = 0
+    in_flight: float = 0.0
+    an_element: float = 0.0
+    issue: float = 0.0
 
 
 def shipped_cases() -> list[OpCase]:
@@ -96,6 +118,10 @@ def shipped_cases() -> list[OpCase]:
                 AttentionE4M3Case(2, 8, 4096, head_dim, kv_heads=2, causal="top_left", dtype=dtype)
                 for head_dim in (64, 128)
             ]
+            # A step of decoding.
+            cases.append(
+                AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32_768, causal="bottom_right", dtype=dtype)
+            )
         cases += [
             LayerNormCase(8192, width, dtype=dtype)
             for width in ((64, 768, 4096, 65_536) if narrow else (4096, 65_536))
@@ -116,7 +142,8 @@ def shipped_cases() -> list[OpCase]:
         if narrow:
             cases += [GegluCase(8192, 4096, dtype=dtype), MlpCase(8192, 768, 3072, "none", dtype)]
     # Padded and odd vocabularies, and few classes.
-    cases += [LossCase(8192, vocabulary, torch.bfloat16) for vocabulary in (50_304, 50_257, 10)]
+    cases += [LossCase(8192, vocabulary, torch.bfloat16, True) for vocabulary in (50_304, 50_257, 10)]
+    cases.append(LossCase(8192, 50_304, torch.bfloat16))  # as most calls are
     return cases
 
 
@@ -143,7 +170,7 @@ def is_telling(case: OpCase, arch: str) -> bool:
         return arch == "sm_90"
     if arch == "gfx942":
         narrow = isinstance(case, LayerNormCase) and case.width < 4096
-        small = isinstance(case, LossCase) and case.vocabulary != 50_304
+        small = isinstance(case, LossCase) and not (case.vocabulary == 50_304 and case.all_options)
         return not (narrow or small)
     return True
 
@@ -161,6 +188,8 @@ class Compiled:
 
     row: InspectionRow
     binary: Binary | None = None
+    elements: tuple[int, float] = (0, 0.0)
+    grid: int = 0
 
 
 def compile_case(
@@ -196,7 +225,9 @@ def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
     options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
     target, load = _target.target_of(q.device), score_load(options)
     config = select_attention_form(case.head_dim, case.dtype, target, load, form)
-    out, lse = attention_forward(q, k, v, *options, config=config)
+    out, lse = attention_forward(q, k, v, *options, config=None if form == SHIPPED_FORM else config)
+    if case.seq_q == 1:  # a step of decoding, without gradients
+        return
     dout = torch.empty_like(out)
     attention_backward(dout, None, q, k, v, out, lse, [True] * 5, *options, config=config)
 
@@ -221,7 +252,7 @@ def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
     residual_dtype = None if residual is None else residual.dtype
     p = case.dropout_p if isinstance(case, AddLayerNormCase) else 0.0
     seed = torch.empty(2, dtype=torch.int64, device="meta") if p else None
-    centered, float32 = case.operation != "rms_norm", torch.float32
+    centered, float32 = case.parameters == 2, torch.float32
     weight = torch.empty(case.width, device="meta") if case.affine else None  # float32, as in mixed precision
     bias = weight if centered else None
     y, h, mean, rstd = norm_forward(
@@ -250,12 +281,13 @@ def _launch_bias_gelu(case: BiasGeluCase) -> None:
     bias_activation_backward(y, x, bias, GELU_FORMS[case.approximate], True, bias.dtype, False)
 
 
-def _launch_geglu(case: GegluCase) -> None:
+def _launch_gated(case: GegluCase | SwigluCase) -> None:
     from fastattn.kernels.gated import gated_forward, gated_packed_backward
 
     x = case.inputs("meta")[0].detach()
-    y = gated_forward(*halves(x, False), GELU_FORMS[case.approximate])
-    gated_packed_backward(y, x, GELU_FORMS[case.approximate], False)
+    activation = "silu" if isinstance(case, SwigluCase) else GELU_FORMS[case.approximate]
+    y = gated_forward(*halves(x, False), activation)
+    gated_packed_backward(y, x, activation, False)
 
 
 def _launch_mlp(case: MlpCase) -> None:
@@ -282,11 +314,11 @@ def _launch_loss(case: LossCase) -> None:
 
     logits = case.inputs("meta")[0].detach()
     target = torch.empty(case.rows, dtype=torch.int64, device="meta")
-    # With label smoothing, z-loss and a soft cap: a plain call's kernel has less of everything.
-    options = (-100, "mean", 0.1, 1e-4, 30.0)
+    smoothing, z_loss, softcap = (0.1, 1e-4, 30.0) if case.all_options else (0.0, 0.0, None)
+    options = (-100, "mean", smoothing, z_loss, softcap)
     loss, statistics, kept = cross_entropy_forward(logits, target, *options, logits.dtype, False)
     cross_entropy_backward(loss, None, logits, target, statistics, kept, *options)
-    cross_entropy_of_chunk(logits, target, None, statistics[0], *options[:1], *options[2:], True)
+    cross_entropy_of_chunk(logits, target, None, statistics[0], -100, smoothing, z_loss, softcap, True)
 
 
 _LAUNCH: dict[str, Callable[..., None]] = {
@@ -294,9 +326,11 @@ _LAUNCH: dict[str, Callable[..., None]] = {
     "layer_norm": _launch_norm,
     "rms_norm": _launch_norm,
     "add_layer_norm": _launch_norm,
+    "add_rms_norm": _launch_norm,
     "gelu": _launch_gelu,
     "bias_gelu": _launch_bias_gelu,
-    "geglu": _launch_geglu,
+    "geglu": _launch_gated,
+    "swiglu": _launch_gated,
     "mlp": _launch_mlp,
     "rotary": _launch_rotary,
     "attention_e4m3": _launch_attention_e4m3,
@@ -326,23 +360,33 @@ def compile_row(case: str, arch: str, launch: Launch) -> Compiled:
     if work.bytes:
         bound = bound_of(work, arch)
         row = replace(row, bound_ms=bound.ms, bound_by=bound.by, bound=bound.formula)
-    return Compiled(row, binary)
+    return Compiled(row, binary, tile_of(launch), prod(launch.grid))
 
 
 def read_rows(compiled: Sequence[Compiled]) -> list[InspectionRow]:
     """The rows with what is read from the machine code, in order; all are read at once, which takes little longer."""
     codes = iter(read_machine_codes([one.binary for one in compiled if one.binary is not None]))
-    return [one.row if one.binary is None else _with_code(one.row, next(codes)) for one in compiled]
+    return [one.row if one.binary is None else _with_code(one, next(codes)) for one in compiled]
 
 
-def _with_code(row: InspectionRow, code: MachineCode) -> InspectionRow:
+def _with_code(compiled: Compiled, code: MachineCode) -> InspectionRow:
+    row = compiled.row
     counts = asdict(code)
     del counts["warps"]
+    programs = programs_per_multiprocessor(code, row.arch)
+    threads = code.warps * DEVICES[row.arch].threads_of_a_warp
+    elements, of_a_tile = compiled.elements
+    # A grid may leave a multiprocessor fewer than it could hold.
+    there = min(programs, -(-compiled.grid // KNOWN_TARGETS[row.arch].multiprocessors))
+    an_element = (code.loop_instructions or code.instructions) * threads / of_a_tile if of_a_tile else 0.0
     return replace(
         row,
         **counts,
-        programs=programs_per_multiprocessor(code, row.arch),
+        programs=programs,
         occupancy=occupancy(code, row.arch),
+        in_flight=code.thread_bytes * threads * there / needed_in_flight(row.arch),
+        an_element=an_element,
+        issue=issue_ms(elements, an_element, row.arch) / row.bound_ms if row.bound_ms else 0.0,
     )
 
 

@@ -19,7 +19,7 @@ from benchmarks.inspection.launches import tensors_of
 from benchmarks.measure import first_line, release
 from benchmarks.providers import PROVIDERS, Function
 from benchmarks.timing import Timer, interleave, make_timer
-from fastattn.kernels._config import forced_config
+from fastattn.kernels._config import Key, forced_config
 
 # Which provider runs our kernels, whatever dispatch would choose: the first of these that an operation has.
 _OURS = ("fastattn-fused", "fastattn-triton", "fastattn")
@@ -61,13 +61,14 @@ class CaseBench:
         cases: Sequence[OpCase],
         device: torch.device,
         new_timer: Callable[[torch.device], Timer] = make_timer,
+        key: Key | None = None,
     ) -> None:
-        self.select, self.device, self.new_timer = select, device, new_timer
+        self.select, self.device, self.new_timer, self.key = select, device, new_timer, key
         self.inputs = [Inputs(case, device) for case in cases]
         self._functions = [_ours(case, device) for case in cases]
 
     def check(self, config: Any) -> None:
-        with forced_config(self.select, config):
+        with forced_config(self.select, config, self.key):
             for inputs, function in zip(self.inputs, self._functions, strict=True):
                 inputs.check(function, _DIRECTION)
 
@@ -116,7 +117,7 @@ class CaseBench:
 
     def _launches(self, inputs: Inputs, function: Function, config: Any) -> list[Launch]:
         """What a call launches, with the tensors that it launched it on."""
-        with forced_config(self.select, config), running_launches() as launches:
+        with forced_config(self.select, config, self.key), running_launches() as launches:
             inputs.call(function, _DIRECTION)()
         return launches
 

@@ -42,13 +42,13 @@ def tune(chosen: argparse.Namespace, console: Console, progress: Progress) -> in
     target = check(chosen)
     tasks = plan(tuning_cases(), target, chosen.kernels)
     if chosen.dry_run:
-        return dry_run(tasks, target, chosen.jobs, console, progress, chosen.out)
+        return dry_run(tasks, target, chosen.jobs, console, progress, chosen.out, chosen.candidates)
     described = environment("cuda", chosen.commit)
     out = _folder(chosen)
     device = torch.device("cuda")
 
     def make_bench(task: Task) -> Bench:
-        return CaseBench(task.select, task.cases, device)
+        return CaseBench(task.select, task.cases, device, key=task.key)
 
     results, late = search_all(tasks, target, described, out, chosen, progress, make_bench)
     report(results, late, described, out, console, chosen.write)
@@ -82,23 +82,27 @@ def search_all(
     """
     conditions = finite({name: described.get(name) for name in _CONDITIONS} | {"rounds": chosen.rounds})
     path = out / OUTPUTS[0]
-    results = read_results(path, conditions)
-    done = {(result.select, result.key) for result in results}
+    # Of a key that was searched again, the last one.
+    results = {(result.select, result.key): result for result in read_results(path, conditions)}
     writer = RowWriter(path, conditions)
     end = time.monotonic() + 60 * chosen.minutes
     late = []
     with progress(float(len(tasks))) as advance, Compiler(chosen.jobs) as compiler:
-        search = Search(target, compiler, chosen.rounds, lambda text: advance(text, 0))
+        search = Search(
+            target, compiler, chosen.rounds, lambda text: advance(text, 0), end, chosen.candidates
+        )
         for task in tasks:
-            if (task.select, task.key) not in done:
+            key = (task.select, task.key)
+            if key not in results or results[key].unfinished:
                 if time.monotonic() > end:
                     late.append(task.label)
                     continue
-                result = _searched(search, task, make_bench)
+                result = results[key] = _searched(search, task, make_bench)
                 writer.write(asdict(result))
-                results.append(result)
+                if result.unfinished:
+                    late.append(f"{task.label} {', '.join(result.unfinished)}")
             advance(task.label, 1)
-    return results, late
+    return list(results.values()), late
 
 
 def _searched(search: Search, task: Task, make_bench: Callable[[Task], Bench]) -> TaskResult:

@@ -15,7 +15,7 @@ from benchmarks.cases import OpCase
 from benchmarks.inspection import InspectionRow, Launch, launches_of
 from benchmarks.inspection.rows import Compiled, compile_row, faults, read_rows
 from benchmarks.measure import first_line
-from fastattn.kernels._config import forced_config
+from fastattn.kernels._config import Key, forced_config
 
 # Of one part; the nearest to the config of now are kept.
 MOST_CANDIDATES = 24
@@ -23,13 +23,14 @@ MOST_CANDIDATES = 24
 
 @dataclass(frozen=True)
 class Compilation:
-    """The kernels that a candidate changes, beside the config of now, in a call of each case."""
+    """The kernels that a candidate for a key changes, beside the config of now, in a call of each case."""
 
     arch: str
     select: str
     current: Any
     candidate: Any
     cases: tuple[OpCase, ...]
+    key: Key | None = None
 
     def changed(self) -> dict[str, tuple[str, Launch]]:
         """What the candidate launches and the config of now does not: the case's name and the launch, by identity."""
@@ -49,7 +50,7 @@ class Compilation:
         return [compile_row(case, self.arch, launch) for case, launch in changed.values()]
 
     def _launches(self, case: OpCase, config: Any) -> dict[str, Launch]:
-        with forced_config(self.select, config):
+        with forced_config(self.select, config, self.key):
             return {identity_of(launch): launch for launch in launches_of(case, self.arch)}
 
 
@@ -66,8 +67,10 @@ def identity_of(launch: Launch) -> str:
     return f"{launch.name} {launch.grid} {tree_map(described, launch.arguments)}"
 
 
-def distinct(compilations: Iterable[Compilation]) -> tuple[list[Compilation], set[str]]:
-    """The first of those that launch the same, without those that launch nothing else than now; changed kernels."""
+def distinct(
+    compilations: Iterable[Compilation], most: int = MOST_CANDIDATES
+) -> tuple[list[Compilation], set[str]]:
+    """`most` of them: the first of those that launch the same, and none that launches as now; and what they change."""
     found: list[Compilation] = []
     seen: set[frozenset[str]] = set()
     kernels: set[str] = set()
@@ -82,7 +85,7 @@ def distinct(compilations: Iterable[Compilation]) -> tuple[list[Compilation], se
             seen.add(identity)
             found.append(compilation)
             kernels |= {launch.name for _, launch in changed.values()}
-        if len(found) == MOST_CANDIDATES:
+        if len(found) == most:
             break
     return found, kernels
 

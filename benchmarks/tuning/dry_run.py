@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.inspection import InspectionRow
 from benchmarks.report import results_folder, write_json
 from benchmarks.tuning import spaces
-from benchmarks.tuning.compiling import Compilation, Compiler, distinct, why_dropped
+from benchmarks.tuning.compiling import MOST_CANDIDATES, Compilation, Compiler, distinct, why_dropped
 from benchmarks.tuning.plan import Task
 from fastattn.kernels._target import Target
 
@@ -27,17 +27,22 @@ def dry_run(
     console: Console,
     progress: Progress,
     out: str | None,
+    most: int = MOST_CANDIDATES,
 ) -> int:
     """Prints what the compiler says of every candidate, the config of now first; rows go to OUT/candidates.json."""
     jobs: list[tuple[Task, str, Compilation]] = []
     for task in tasks:
         for part in spaces.parts(task.config):
-            tried = spaces.candidates(task.config, part, target, task.columns)
+            tried = spaces.candidates(task.config, part, target, task.columns, task.starts)
             found, _ = distinct(
-                Compilation(target.name, task.select, task.config, new, task.cases) for new in tried
+                (
+                    Compilation(target.name, task.select, task.config, new, task.cases, task.key)
+                    for new in tried
+                ),
+                most,
             )
             if found:  # the config of now is what the first candidate is not
-                now = Compilation(target.name, task.select, found[0].candidate, task.config, task.cases)
+                now = replace(found[0], current=found[0].candidate, candidate=task.config)
                 jobs += [(task, part, job) for job in (now, *found)]
     with progress(float(len(jobs))) as advance, Compiler(processes) as compiler:
         rows = compiler(
@@ -68,7 +73,7 @@ def _candidates_table(
         title=f"candidates as compiled for {target.name}; the config of now comes first", title_justify="left"
     )
     left = ("kernel", "part", "config", "verdict")
-    for header in ("kernel", "part", "config", "regs", "spills", "shared", "occup.", "verdict"):
+    for header in (*left[:3], *_COUNTS, left[3]):
         found.add_column(header, justify="left" if header in left else "right")
     before = None
     for (task, part, job), compiled in zip(jobs, rows, strict=True):
@@ -79,17 +84,27 @@ def _candidates_table(
         before = labels
         good = [row for row in compiled if not row.error]
         why = why_dropped(compiled)
-        cells = ("", "", "", "")
-        if good:
-            worst = max(good, key=lambda row: row.registers)
-            spills = sum(row.spill_loads + row.spill_stores for row in good)
-            shared = max(row.shared for row in good)
-            cells = (
-                str(worst.registers),
-                str(spills),
-                f"{shared:,}",
-                f"{min(r.occupancy for r in good):.0%}",
-            )
+        cells = _counts(good) if good else ("",) * len(_COUNTS)
         verdict = f"dropped: {why}" if why else "now" if first else "would be timed"
         found.add_row(*(labels if first else ("", "")), spaces.label(job.candidate, part), *cells, verdict)
     return found
+
+
+# Of a candidate's kernels the worst of each: programs and the share of warps on a multiprocessor, bytes of loads in
+# flight there over what the bandwidth needs, instructions an element, and the time to start them over the memory's.
+_COUNTS = ("regs", "spills", "shared", "progs", "occup.", "in flight", "/ elem.", "issue")
+
+
+def _counts(rows: Sequence[InspectionRow]) -> tuple[str, ...]:
+    in_flight = [row.in_flight for row in rows if row.in_flight]
+    an_element = max(row.an_element for row in rows)
+    return (
+        str(max(row.registers for row in rows)),
+        str(sum(row.spill_loads + row.spill_stores for row in rows)),
+        f"{max(row.shared for row in rows):,}",
+        str(min(row.programs for row in rows)),
+        f"{min(row.occupancy for row in rows):.0%}",
+        f"{min(in_flight):.1f}" if in_flight else "",
+        f"{an_element:.1f}" if an_element else "",
+        f"{max(row.issue for row in rows):.2f}" if an_element else "",
+    )

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from benchmarks.tuning.compiling import MOST_CANDIDATES
 from fastattn.kernels._target import KNOWN_TARGETS, Target, target_of
 
 
@@ -25,7 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rounds", type=int, default=40, metavar="N", help="timed rounds of the last comparison (default 40)"
     )
-    add("--minutes", type=float, default=forever, metavar="N", help="start no further key after so long")
+    add("--minutes", type=float, default=forever, metavar="N", help="start nothing further after so long")
+    add(
+        "--candidates",
+        type=int,
+        default=MOST_CANDIDATES,
+        metavar="N",
+        help=f"how many to try of each part of a config, the nearest first (default {MOST_CANDIDATES})",
+    )
     add("--resume", action="store_true", help="keep what the folder holds already")
     add(
         "--write",
@@ -53,7 +61,7 @@ def check(chosen: argparse.Namespace) -> Target:
     Raises:
         TuneError: an argument is out of its range, or there is no GPU to time on.
     """
-    for name, least in (("rounds", 5), ("jobs", 1)):
+    for name, least in (("rounds", 5), ("jobs", 1), ("candidates", 1)):
         value = getattr(chosen, name)
         if value is not None and value < least:
             raise TuneError(f"--{name} {value} must be at least {least}")

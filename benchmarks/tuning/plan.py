@@ -13,12 +13,15 @@ from benchmarks.cases import BiasGeluCase, GeluCase, LayerNormCase, LossCase, Op
 from benchmarks.inspection import launches_of
 from benchmarks.inspection.rows import LAUNCHED
 from benchmarks.suites import SUITES
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_forms import FORMS, SHIPPED_FORM, form_reason, select_attention_form
 from fastattn.kernels._config import Key, asked_configs
 from fastattn.kernels._target import KNOWN_TARGETS, Target
 
 # Of a key so many cases are timed: the first that ask for it.
 _MOST_CASES = 2
-_SUITES = ("norm", "mlp", "loss", "rotary", "attention", "options")
+# What takes most of a model's time comes first, since a GPU's may be short.
+_SUITES = ("attention", "norm", "loss", "mlp", "rotary", "options", "decode")
 _LONGEST = 8192
 _BF16 = torch.bfloat16
 
@@ -36,12 +39,14 @@ class Task:
         key: the architecture, then what the function's own key gives.
         cases: what is timed.
         config: what the function returns now.
+        starts: configs that are far from it, and worth a try with what is near to them: attention's other forms.
     """
 
     select: str
     key: Key
     cases: tuple[OpCase, ...]
     config: Any
+    starts: tuple[Any, ...] = ()
 
     @property
     def label(self) -> str:
@@ -89,10 +94,20 @@ def plan(cases: Iterable[OpCase], target: Target, kernels: Sequence[str] = ()) -
         if not any(name.startswith(wanted) for name in names):
             raise PlanError(f"kernel {wanted!r} is unknown; there are {', '.join(names)}")
     return [
-        Task(select, key, tuple(dict.fromkeys(asking))[:_MOST_CASES], config)
+        Task(select, key, tuple(dict.fromkeys(asking))[:_MOST_CASES], config, _starts(select, key, target))
         for (select, key), (config, asking) in found.items()
         if not kernels or short_name(select).startswith(tuple(kernels))
     ]
+
+
+def _starts(select: str, key: Key, target: Target) -> tuple[Any, ...]:
+    """The configs of all forms of attention's loop that have one for this key (`form_reason`)."""
+    if select != select_attention_config.__name__:
+        return ()
+    _, bits, head_dim, load = key
+    call = (head_dim, torch.float32 if bits == 32 else _BF16, target, load)
+    served = [form for form in FORMS if form_reason(*call, form) is None]
+    return tuple(select_attention_form(*call, form) for form in served if form != SHIPPED_FORM)
 
 
 def short_name(select: str) -> str:

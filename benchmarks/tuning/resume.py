@@ -64,6 +64,7 @@ def result_of(line: dict[str, Any]) -> TaskResult:
         line["config"],
         duel(line["duel"]),
         line["why"],
+        tuple(line.get("unfinished", ())),
     )
 
 

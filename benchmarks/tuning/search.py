@@ -10,6 +10,7 @@ the distance that the config of now, timed twice in those rounds, shows from its
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.measure import first_line
 from benchmarks.timing import Ratio, summarize, time_ratio
 from benchmarks.tuning import spaces
 from benchmarks.tuning.bench import Bench
-from benchmarks.tuning.compiling import Compilation, distinct, why_dropped
+from benchmarks.tuning.compiling import MOST_CANDIDATES, Compilation, distinct, why_dropped
 from benchmarks.tuning.plan import Task
 from fastattn.kernels._target import Target
 
@@ -87,6 +88,7 @@ class TaskResult:
 
     Attributes:
         config: the fields of the chosen config, or None where the one of now stays.
+        unfinished: the parts that time did not reach, which a run that goes on begins again with.
     """
 
     select: str
@@ -96,6 +98,7 @@ class TaskResult:
     config: dict[str, Any] | None = None
     duel: Duel | None = None
     why: str = ""
+    unfinished: tuple[str, ...] = ()
 
 
 @dataclass
@@ -106,23 +109,32 @@ class Search:
         compile: a row for each kernel that a candidate changes, by candidate.
         rounds: of the last comparison.
         advance: told what goes on.
+        end: when no further part is started, by `time.monotonic`; the first one of a task always is.
+        most: candidates of a part.
     """
 
     target: Target
     compile: Compile
     rounds: int
     advance: Callable[[str], None] = field(default=lambda text: None)
+    end: float = float("inf")
+    most: int = MOST_CANDIDATES
 
     def task(self, task: Task, bench: Bench) -> TaskResult:
         """Each part in turn, beside the best of those before."""
         config = task.config
         results: list[PartResult] = []
         kernels: set[str] = set()
-        for part in spaces.parts(config):
+        parts = spaces.parts(config)
+        late: tuple[str, ...] = ()
+        for place, part in enumerate(parts):
+            if place and time.monotonic() > self.end:
+                late = tuple(parts[place:])
+                break
             result, config, changed = self._part(task, config, part, bench)
             results.append(result)
             kernels |= changed if result.chosen != result.current else set()
-        found = TaskResult(task.select, task.key, task.case_names, tuple(results))
+        found = TaskResult(task.select, task.key, task.case_names, tuple(results), unfinished=late)
         if config == task.config:
             return replace(found, why="no candidate was faster beyond the noise")
         try:
@@ -135,9 +147,10 @@ class Search:
         return replace(found, config=asdict(config), duel=duel)
 
     def _part(self, task: Task, config: Any, part: str, bench: Bench) -> tuple[PartResult, Any, set[str]]:
-        tried = spaces.candidates(config, part, self.target, task.columns)
+        tried = spaces.candidates(config, part, self.target, task.columns, task.starts)
         jobs, kernels = distinct(
-            Compilation(self.target.name, task.select, config, new, task.cases) for new in tried
+            (Compilation(self.target.name, task.select, config, new, task.cases, task.key) for new in tried),
+            self.most,
         )
         now = spaces.label(config, part)
         self.advance(f"{task.label} {part}: {len(jobs)} candidates")

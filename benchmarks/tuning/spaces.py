@@ -2,13 +2,14 @@
 
 A config is tuned a part at a time: a config of several kernels by the kernel, a number of programs by itself. Fields
 are known by their names and types alone, so that a new one is tuned as the others are: sizes of blocks are halved and
-doubled, flags turned.
+doubled, flags turned. What no halving reaches, such as another form of attention's loop, begins at configs of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
-from itertools import product
+from itertools import product, zip_longest
 from math import log2, prod
 from typing import Any
 
@@ -31,6 +32,12 @@ _LEAST_COLUMNS = 4
 _MOST_THREADS = 1024
 # A tile may hold so many times more or fewer elements a thread than the one of now.
 _MOST_STEP = 4
+# The forms of attention's loop whose warps and masks are the tile's to choose; the others divide the warps themselves.
+_PLAIN_FORMS = ("pointers", "descriptors")
+# The most registers of a thread, or None where the compiler is free.
+_LIMIT = "registers"
+# Words among the fields of a tile.
+_WORDS = ("form",)
 
 
 def parts(config: Any) -> list[str]:
@@ -44,22 +51,33 @@ def parts(config: Any) -> list[str]:
     return found
 
 
-def candidates(config: Any, part: str, target: Target, columns: int | None = None) -> list[Any]:
+def candidates(
+    config: Any, part: str, target: Target, columns: int | None = None, starts: Sequence[Any] = ()
+) -> list[Any]:
     """Configs that differ from this one in a part, the nearest first.
 
     Args:
         columns: how wide a tile over rows can be of use.
+        starts: further configs, each of which is tried, and what is near to it.
     """
     value = getattr(config, part, None)
     if is_dataclass(value):
-        return [replace(config, **{part: new}) for new in candidates(value, TILE, target, columns)]
+        near = [candidates(value, TILE, target, columns)]
+        for start in dict.fromkeys(getattr(other, part) for other in starts):
+            if start != value:
+                near.append([start, *candidates(start, TILE, target, columns)])
+        # In turn, so that no start is left out where there are more than can be timed.
+        tried = dict.fromkeys(
+            new for of_all in zip_longest(*near) for new in of_all if new not in (None, value)
+        )
+        return [replace(config, **{part: new}) for new in tried]
     if part != TILE:
         return [replace(config, **{part: new}) for new in _choices(part, value, target) if new != value]
     names = [name for name in _tile_fields(config) if name not in _ALONE]
     options = [_choices(name, getattr(config, name), target) for name in names]
-    tried = [replace(config, **dict(zip(names, values, strict=True))) for values in product(*options)]
-    tried = [new for new in tried if new != config and _makes_sense(new, config, target, columns)]
-    return sorted(tried, key=lambda new: _distance(new, config, names))
+    made = (replace(config, **dict(zip(names, values, strict=True))) for values in product(*options))
+    sensible = [new for new in made if new != config and _makes_sense(new, config, target, columns)]
+    return sorted(sensible, key=lambda new: _distance(new, config, names))
 
 
 def part_of(config: Any, part: str) -> Any:
@@ -72,7 +90,9 @@ def label(config: Any, part: str) -> str:
     value = part_of(config, part)
     if not is_dataclass(value):
         return f"{part}={value}"
-    return " ".join(f"{name}={getattr(value, name)}" for name in _tile_fields(value) if name not in _ALONE)
+    words = [name for name in _WORDS if hasattr(value, name)]
+    names = [name for name in _tile_fields(value) if name not in _ALONE]
+    return " ".join(f"{name}={getattr(value, name)}" for name in (*names, *words))
 
 
 def _tile_fields(config: Any) -> list[str]:
@@ -80,12 +100,18 @@ def _tile_fields(config: Any) -> list[str]:
     if any(is_dataclass(getattr(config, field.name)) for field in fields(config)):
         return []
     given = _GIVEN.get(type(config), ())
+    if getattr(config, "form", "pointers") not in _PLAIN_FORMS:
+        given = ("num_warps", "one_loop")
     return [
-        f.name for f in fields(config) if isinstance(getattr(config, f.name), int) and f.name not in given
+        f.name
+        for f in fields(config)
+        if (isinstance(getattr(config, f.name), int) or f.name == _LIMIT) and f.name not in given
     ]
 
 
 def _choices(name: str, value: Any, target: Target) -> list[Any]:
+    if name == _LIMIT:  # what lets four programs of 8 warps onto a multiprocessor, and two
+        return list(dict.fromkeys([value, None, *((64, 128) if target.backend == "cuda" else ())]))
     if isinstance(value, bool):
         return [value, not value]
     if name == "num_warps":  # 4, 8 and 16 of 32 threads
@@ -130,7 +156,9 @@ def _distance(new: Any, old: Any, names: list[str]) -> float:
     total = 0.0
     for name in names:
         a, b = getattr(new, name), getattr(old, name)
-        if a != b:
+        if name == _LIMIT:
+            total += a != b
+        elif a != b:
             doubles = a and b and not isinstance(a, bool) and name != "num_stages"
             total += abs(log2(a / b)) if doubles else abs(a - b)
     return total

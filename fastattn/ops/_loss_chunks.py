@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.dispatch import autocasts
 from fastattn.ops._loss import LossOptions
-from fastattn.ops._loss_sums import Sums
+from fastattn.ops._loss_sums import Sums, rows_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -42,6 +42,7 @@ class Chunks(NamedTuple):
     triton: bool
 
 
+@lru_cache(maxsize=4096)
 def chunk_rows(
     rows: int,
     width: int,
@@ -152,18 +153,20 @@ def linear_cross_entropy_forward(
     """
     options, how = LossOptions(*others[:5]), Chunks(*others[5:])
     wide = torch.promote_types(how.compute_dtype, torch.float32)
-    kept = (target != options.ignore_index).sum(dtype=wide)
     losses = input.new_empty(target.shape, dtype=wide)
     sums = Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
-    share = shares_of(target, kept) if divides_first(options, how, input.dtype) and sums.any() else None
+    needs_any = needs_dinput or needs_dweight or needs_dbias
+    share = None
+    if needs_any and divides_first(options, how, input.dtype):
+        share = shares_of(target, _kept(target, options, wide))
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
-        scale = None if share is None else share[rows]
-        dlogits = _loss_of(logits, work, target[rows], scale, losses[rows], options, sums.any())
+        scale = None if share is None else rows_of(share, rows)
+        dlogits = _loss_of(
+            logits, work, rows_of(target, rows), scale, rows_of(losses, rows), options, needs_any
+        )
         sums.add(rows, dlogits, x, w)
-    if options.reduction == "none":
-        return losses.to(loss_dtype), kept, *sums.given(input)
-    loss = losses.sum()
-    return (loss / kept if options.reduction == "mean" else loss).to(loss_dtype), kept, *sums.given(input)
+    loss, kept = _reduced(losses, target, options, loss_dtype, how.triton)
+    return loss, kept, *sums.given(input)
 
 
 @_in_given_dtypes
@@ -185,7 +188,8 @@ def linear_cross_entropy_backward(
     losses = torch.empty_like(dloss)
     sums = Sums.of(input, weight, needs_dinput, needs_dweight, needs_dbias, wide)
     for rows, logits, work, x, w in _chunks(input, weight, bias, options.softcap, how):
-        dlogits = _loss_of(logits, work, target[rows], dloss[rows], losses[rows], options, True)
+        part, scale, of_losses = (rows_of(tensor, rows) for tensor in (target, dloss, losses))
+        dlogits = _loss_of(logits, work, part, scale, of_losses, options, True)
         sums.add(rows, dlogits, x, w)
     return sums.given(input)
 
@@ -212,13 +216,32 @@ def _chunks(
             work = torch.empty_like(work, dtype=torch.float32)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
-        count = chunk.stop - chunk.start
-        x, logits = input[chunk].to(dtype), buffer[:count]
+        x, logits = rows_of(input, chunk).to(dtype), rows_of(buffer, slice(0, chunk.stop - start))
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
         yield chunk, logits, work, x, weight
+
+
+def _kept(target: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """How many rows are not ignored, ()."""
+    return (target != options.ignore_index).sum(dtype=dtype)
+
+
+def _reduced(
+    losses: Tensor, target: Tensor, options: LossOptions, dtype: torch.dtype, triton: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss in `dtype`, of the losses of all rows, and how many of these are kept."""
+    if options.reduction == "none":
+        return losses.to(dtype), _kept(target, options, losses.dtype)
+    mean = options.reduction == "mean"
+    if triton:
+        from fastattn.kernels.cross_entropy_forward import reduce_losses
+
+        return reduce_losses(losses, target, options.ignore_index, mean, dtype)
+    loss, kept = losses.sum(), _kept(target, options, losses.dtype)
+    return (loss / kept if mean else loss).to(dtype), kept
 
 
 def _loss_of(

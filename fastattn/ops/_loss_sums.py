@@ -30,13 +30,10 @@ class Sums(NamedTuple):
             weight.new_zeros(weight.shape[:1], dtype=wide) if dbias else None,
         )
 
-    def any(self) -> bool:
-        return any(t is not None for t in self)
-
     def add(self, rows: slice, dlogits: Tensor, x: Tensor, weight: Tensor) -> None:
         """Adds what a chunk's dlogits contribute."""
         if self.dinput is not None:
-            part = self.dinput[rows]
+            part = rows_of(self.dinput, rows)
             if part.dtype == dlogits.dtype:
                 torch.mm(dlogits, weight, out=part)
             else:
@@ -48,8 +45,13 @@ class Sums(NamedTuple):
 
     def given(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients, with an empty tensor for None: an operator cannot return that."""
-        dinput, dweight, dbias = (like.new_empty(0) if t is None else t for t in self)
+        dinput, dweight, dbias = [like.new_empty(0) if t is None else t for t in self]
         return dinput, dweight, dbias
+
+
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """A chunk's rows: the tensor itself where they are all, since a slice costs the host an allocation's time."""
+    return tensor if rows.stop - rows.start == tensor.size(0) else tensor[rows]
 
 
 def _empty_or_zeros(like: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:

@@ -97,8 +97,9 @@ def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _check_two(q: Tensor, k: Tensor) -> None:
     if q.dtype != k.dtype:
         raise TypeError(f"q and k must have one dtype, not {q.dtype} and {k.dtype}")
-    check_same_device("q", q, k=k)
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    if q.device != k.device:
+        check_same_device("q", q, k=k)
+    if q.shape != k.shape and (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they may differ in their heads alone"
         )

@@ -396,6 +396,9 @@ def attention(
         float32, not TF32. head_dim and v_dim go up to 256, without gradients to 512. The backward is deterministic
         and saves q, k, v, O and L. Any strides with a contiguous last dimension are read in place; another layout of
         q, k or v is copied, bias and mask never are. A second derivative raises.
+        Few queries, as a step of decoding has: the heads of a group share the rows of a tile, so that its keys are read
+        once, and keys are split over as many programs as fill the device, each to its own share of key_lengths. Their
+        float32 results, head_dim numbers a query and split, are added up in a fixed order.
         Dropout draws a seed from PyTorch's generator of q's device: `torch.manual_seed` repeats it, and
         `torch.utils.checkpoint` recomputes the same. The kernels and PyTorch's path drop different weights.
         Under autocast q, k and v are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
@@ -410,10 +413,11 @@ def attention(
         rounded q, k and v, but do not round the weights. An infinity counts as NaN.
 
     Source:
-        Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Milakov and Gimelshein, "Online normalizer
-        calculation for softmax" (2018); Press et al., "Train Short, Test Long" (2022) for ALiBi; Salmon et al.,
-        "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout; Shah et al., "FlashAttention-3" (2024),
-        section 3.3, and Zhang et al., "SageAttention" (2024), for 8 bits and the mean of the keys.
+        Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Dao et al., "Flash-Decoding" (2023), for split keys;
+        Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Press et al., "Train Short, Test
+        Long" (2022) for ALiBi; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout; Shah
+        et al., "FlashAttention-3" (2024), section 3.3, and Zhang et al., "SageAttention" (2024), for 8 bits and the
+        mean of the keys.
     """
     return _ATTENTION(
         implementation,

@@ -17,7 +17,7 @@ from fastattn.dispatch import (
     refuse_triton,
 )
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
-from fastattn.ops._check import check_floating, check_same_device
+from fastattn.ops._check import check_floating, check_same_device, fits
 from fastattn.ops._loss import LossOptions, check_classes, check_options, check_target, loss_dtype, signed
 from fastattn.ops._loss_chunks import Chunks, chunk_rows_of, divides_first, shares_of
 from fastattn.ops._loss_sums import CACHED_ROWS
@@ -197,8 +197,13 @@ def _check(
     memory_budget: int | None,
     out_dtype: torch.dtype | None,
 ) -> None:
-    check_floating("input", "linear_weight", input=input, linear_weight=weight, linear_bias=bias)
-    check_same_device("input", input, linear_weight=weight, linear_bias=bias)
+    if (
+        input is None
+        or weight is None
+        or not (fits(input, input) and fits(weight, input) and fits(bias, input))
+    ):
+        check_floating("input", "linear_weight", input=input, linear_weight=weight, linear_bias=bias)
+        check_same_device("input", input, linear_weight=weight, linear_bias=bias)
     check_options(options)
     check_target(target, input.device)
     if target.is_floating_point():

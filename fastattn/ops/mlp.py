@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fastattn.dispatch import (
 )
 from fastattn.kernels import _target
 from fastattn.kernels._linear_config import select_mlp_path, widest_fused
+from fastattn.kernels._plan import planned
 from fastattn.ops._activations import TORCH_ACTIVATIONS
 from fastattn.ops._autograd import needs_graph
 from fastattn.ops._check import check_floating, check_same_device
@@ -70,11 +70,10 @@ def _fit(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
             width == x.size(-1)
             and inner == hidden
             and dtype.is_floating_point
-            and all(t.dtype == dtype and t.device == device for t in (w1, w2))
-            and all(
-                t is None or (t.dim() == 1 and t.numel() == size and t.dtype == dtype and t.device == device)
-                for t, size in ((b1, hidden), (b2, out))
-            )
+            and w1.dtype == w2.dtype == dtype
+            and w1.device == w2.device == device
+            and (b1 is None or (b1.shape == (hidden,) and b1.dtype == dtype and b1.device == device))
+            and (b2 is None or (b2.shape == (out,) and b2.dtype == dtype and b2.device == device))
         )
     except (AttributeError, IndexError, ValueError):  # no tensors, or of other dimensions
         return False
@@ -116,7 +115,7 @@ def _choice(x: Tensor, w1: Tensor) -> tuple[str, str]:
     return _known_choice(x.numel() // max(1, width), width, hidden, x.dtype, _target.target_of(x.device))
 
 
-_known_choice = lru_cache(maxsize=4096)(select_mlp_path)
+_known_choice = planned(select_mlp_path)
 
 
 def _widest_fused(dtype: torch.dtype, device: str, index: int | None) -> int:

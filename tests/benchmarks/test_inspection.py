@@ -9,7 +9,17 @@ import torch
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
 from benchmarks.inspection import machine_code
-from benchmarks.inspection.bounds import Work, bound_of, occupancy, programs_per_multiprocessor
+from benchmarks.inspection.bounds import (
+    Work,
+    bound_of,
+    issue_ms,
+    needed_in_flight,
+    occupancy,
+    programs_per_multiprocessor,
+    tile_of,
+)
+from benchmarks.inspection.in_flight import bytes_in_flight
+from benchmarks.inspection.launches import Launch
 from benchmarks.inspection.machine_code import MachineCode
 from benchmarks.inspection.rows import DEFAULT_ARCHS, is_telling, shipped_cases
 from tests.compiling import run_compiling
@@ -46,7 +56,9 @@ def test_sass_is_parsed_without_its_padding():
 
 def test_kernels_disassembled_at_once_are_read_apart(monkeypatch):
     """Addresses go on from one to the next, and so do the targets of branches."""
-    second = re.sub(r"(/\*|0x)([0-9a-f]+)", lambda m: f"{m[1]}{int(m[2], 16) + 0xE0:04x}", SASS)
+    second = re.sub(r"(/\*|0x)([0-9a-f]+)", lambda m: f"{m[1]}{int(m[2], 16) + 0xE0:04x}", SASS).replace(
+        "c[0x00e0][0x0108]", "c[0x0][0x28]"
+    )
     monkeypatch.setattr(machine_code, "_tool", lambda *arguments: SASS + second)
     code = bytes(0xE0)
     alone = instructions_of(SASS)
@@ -159,3 +171,65 @@ def test_what_one_architecture_shows_is_compiled_there_alone():
         if case.dtype == torch.float32:
             assert archs == ({"sm_80", "gfx942"} if getattr(case, "head_dim", 0) == 256 else {"sm_80"})
     assert all(is_telling(case, "sm_120") for case in cases)
+
+
+# The beginning of a pipeline, its loop, and what follows it.
+_PIPELINE = """
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R64], desc[UR32][R2.64], P5 ;
+        /*0010*/                   LDGDEPBAR ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R64+0x10], desc[UR32][R2.64], P5 ;
+        /*0030*/                   LDGDEPBAR ;
+        /*0040*/                   DEPBAR.LE SB0, 0x1 ;
+        /*0050*/                   LDGSTS.E [R64+0x20], desc[UR32][R2.64] ;
+        /*0060*/                   LDGDEPBAR ;
+        /*0070*/               @P0 BRA 0x40 ;
+        /*0080*/                   DEPBAR.LE SB0, 0x0 ;
+        /*0090*/                   LDG.E.64 R2, desc[UR32][R10.64] ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    (
+        ("LDG.E.128 R4, desc[UR4][R2.64] ;|@P0 LDG.E.128 R8, [R2.64+0x10] ;|FADD R1, R4, R8 ;", 32),
+        # Each is waited for before the next one is asked for: by its second register, by one written over it.
+        ("LDG.E.128 R4, [R2.64] ;|FADD R1, R5, R1 ;|LDG.E.128 R8, [R2.64] ;", 16),
+        ("LDG.E.128 R4, [R2.64] ;|MOV R7, RZ ;|LDG.E.64 R8, [R2.64] ;", 16),
+        # Loads come in their order: with the second the first has come.
+        ("LDG.E R4, [R2.64] ;|LDG.E R5, [R2.64] ;|FADD R1, R5, R1 ;|LDG.E.64 R6, [R2.64] ;", 8),
+        ("LDG.E.U16 R4, [R2.64] ;|LDG.E.U8 R5, [R2.64] ;|LDG.E.64.CONSTANT R6, [R2.64] ;", 11),
+        # Addresses and uniform registers of the same number are others.
+        ("LDG.E.64 R4, desc[UR4][R2.64] ;|UIADD3 UR4, UR5, UR4 ;|LDG.E.64 R8, [R2.64] ;", 16),
+        ("STG.E.128 [R2.64], R4 ;", 0),
+    ),
+    ids=("both", "second-register", "written-over", "in-order", "narrow", "uniform", "store"),
+)
+def test_bytes_in_flight(text, bytes_):
+    lines = "".join(f"        /*{place:04x}*/ {line}\n" for place, line in enumerate(text.split("|")))
+    found = [(i.operation, i.operands) for i in instructions_of(lines)]
+    assert bytes_in_flight(found) == bytes_
+
+
+def test_copies_in_flight_are_those_that_no_barrier_waits_for():
+    """Two of 16 bytes before the loop; in it one of these has come."""
+    found = [(i.operation, i.operands) for i in instructions_of(_PIPELINE)]
+    assert bytes_in_flight(found) == 32
+    assert bytes_in_flight(found[4:]) == 8
+
+
+def test_what_a_multiprocessor_needs_in_flight_is_bandwidth_times_latency():
+    assert needed_in_flight("sm_90") == pytest.approx(4800e9 * 0.8e-6 / 132)  # 29 KB
+    assert needed_in_flight("sm_80") == pytest.approx(2039e9 * 0.6e-6 / 108)  # 11 KB
+    # A second of all four schedulers of 132 multiprocessors at 1.83 GHz.
+    assert issue_ms(132 * 128 * 1_830_000_000, 1.0, "sm_90") == pytest.approx(1000.0)
+
+
+def test_elements_are_counted_within_the_sizes():
+    def tile(**arguments):
+        return tile_of(Launch(None, arguments))
+
+    assert tile(SIZE=3000, BLOCK=1024) == (3000, 1000.0)
+    assert tile(ROWS=7, WIDTH=768, BLOCK_M=4, BLOCK_N=1024) == (7 * 768, 3.5 * 768)
+    assert tile(ROWS=8, CLASSES=10, BLOCK_M=4, BLOCK_N=16) == (80, 40.0)
+    assert tile(ROWS=8, COLUMNS=8, DEPTH=8, BLOCK_M=4, BLOCK_N=4) == (0, 0.0)
+    assert tile(SEQ_Q=8) == (0, 0.0)

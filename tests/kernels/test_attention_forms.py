@@ -79,7 +79,8 @@ def assert_same_bits(
 
     fits: whether the variants' own configs serve the call, or pointers instead of them.
     """
-    expected = run(inputs, options, None)
+    # Given by name, as few queries would have tiles of their own.
+    expected = run(inputs, options, select_attention_config(16, torch.float32, INTERPRETER))
     tensors = tuple(inputs[name] for name in ("q", "k", "v", "dout"))
     for variant in variants:
         config = config_of(VARIANTS[variant])
@@ -172,7 +173,7 @@ def test_rows_within_a_tensor_fall_back_to_pointers(made: Any, device: torch.dev
 
 def test_measured_forms_have_gradients(device: torch.device) -> None:
     """What the benchmarks' providers run: the launchers of a form behind autograd, only what is needed."""
-    q, k, v, dout, _ = AttentionCase(1, 2, 1, 20, 20, 16, "top_left").inputs(device).values()
+    q, k, v, dout, _ = AttentionCase(1, 2, 2, 20, 20, 16, "top_left").inputs(device).values()
     config = config_of(VARIANTS["descriptors"])
     gradients = []
     for call in (

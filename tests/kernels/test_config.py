@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from fastattn.kernels import _config
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import (
+    AttentionTiles,
+    select_attention_config,
+    select_decode_config,
+)
+from fastattn.kernels._attention_forms import fitting_config, select_attention_form
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
 from fastattn.kernels._loss_config import (
@@ -20,6 +25,7 @@ from fastattn.kernels._loss_config import (
 from fastattn.kernels._measured import MEASURED, RUNS
 from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
+from fastattn.kernels._partials_config import select_partial_sums_config
 from fastattn.kernels._pointwise_config import (
     GeluConfig,
     select_gelu_config,
@@ -59,8 +65,9 @@ _WIDTHS = (
 _ALIGNED = tuple(product(_WIDTHS, (1, 2, 4, 8, 16), (BF16, FP16, FP32)))
 # Arguments before the target, as calls give them.
 CALLS = {
-    select_gelu_config: [()],
-    select_tile_config: [(width,) for width in _WIDTHS],
+    select_gelu_config: list(product((BF16, FP16, FP32), (1, 2))),
+    select_tile_config: [(*call, tensors) for call in _ALIGNED for tensors in (1, 2, 3)],
+    select_partial_sums_config: [(width,) for width in _WIDTHS],
     select_walk_config: _ALIGNED,
     select_norm_forward_config: [(*call, heavy) for call in _ALIGNED for heavy in (False, True)],
     select_norm_backward_config: [
@@ -70,9 +77,10 @@ CALLS = {
     ],
     select_cross_entropy_forward_config: _ALIGNED,
     select_cross_entropy_backward_config: _ALIGNED,
-    select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128))),
+    select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
+    select_decode_config: list(product((1, 16, 17, 100, 500), (16, 64, 80, 200, 512), (BF16, FP16, FP32))),
 }
 
 
@@ -109,7 +117,8 @@ def test_forced_before_measured_before_modelled(select):
     first = fields(modelled)[0].name
     other = {key: value * 2 for key, value in asdict(modelled).items() if isinstance(value, int)}
     if is_dataclass(getattr(modelled, first)):
-        other = {first: {key: value * 2 for key, value in asdict(modelled)[first].items()}}
+        numbers = {key: value * 2 for key, value in asdict(modelled)[first].items() if isinstance(value, int)}
+        other = {first: asdict(modelled)[first] | numbers}
     table = {select.__name__: {key_of(select, *call): entry_of(modelled, **other)}}
     with measured_configs(table, RUN):
         measured = select(*call)
@@ -148,11 +157,11 @@ def test_measured_ones_are_of_their_key_and_architecture_alone():
 
 def test_the_interpreter_has_no_measured_ones():
     """Whatever a table holds: its tiles are small so that tests reach several of them."""
-    table = {"select_gelu_config": {("interpreter",): entry_of(GeluConfig(64, 1))}}
+    table = {"select_gelu_config": {("interpreter", 16, 1): entry_of(GeluConfig(64, 1))}}
     with measured_configs(table, RUN):
-        assert select_gelu_config(INTERPRETER) == GeluConfig(1024, 4)
+        assert select_gelu_config(BF16, 1, INTERPRETER) == GeluConfig(1024, 4)
         with forced_config(select_gelu_config, GeluConfig(64, 1)):
-            assert select_gelu_config(INTERPRETER) == GeluConfig(64, 1)
+            assert select_gelu_config(BF16, 1, INTERPRETER) == GeluConfig(64, 1)
 
 
 def test_programs_of_a_walk_follow_the_multiprocessors():
@@ -223,3 +232,24 @@ def test_the_shipped_table_is_whole():
             assert key[0] in KNOWN_TARGETS and entry.run in RUNS
             assert entry.ms < entry.replaced_ms and entry.cases
             assert asdict(_config.with_fields(samples[name], entry.config)) == entry.config
+
+
+def test_a_forced_config_can_be_of_one_key():
+    """A call may ask for two keys, forward and backward, and tuning changes one of them."""
+    with forced_config(select_gelu_config, GeluConfig(32, 1), ("sm_90", 16, 1)):
+        assert select_gelu_config(BF16, 1, H200) == GeluConfig(32, 1)
+        for other in ((BF16, 2, H200), (FP32, 1, H200), (BF16, 1, KNOWN_TARGETS["sm_80"])):
+            assert select_gelu_config(*other) != GeluConfig(32, 1)
+    assert select_gelu_config(BF16, 1, H200) != GeluConfig(32, 1)
+
+
+def test_a_measured_form_of_attentions_loop_is_chosen_and_falls_back():
+    """To the modelled tiles of pointers where descriptors cannot read the rows: the entry is of another form."""
+    modelled = select_attention_config(128, BF16, H200)
+    new = select_attention_form(128, BF16, H200, form="descriptors")
+    table = {"select_attention_config": {("sm_90", 16, 128, "plain"): entry_of(new)}}
+    with measured_configs(table, RUN):
+        assert fitting_config(None, True, 128, BF16, H200, "plain") == new
+        assert fitting_config(None, False, 128, BF16, H200, "plain") == modelled
+        assert fitting_config(None, True, 64, BF16, H200, "plain").forward.form == "pointers"
+    assert fitting_config(None, True, 128, BF16, H200, "plain") == modelled

@@ -30,7 +30,10 @@ def test_tiles_in_flight_fit_shared_memory(dtype: torch.dtype, target: object) -
 )
 def test_pointwise_tiles_are_powers_of_two_that_hold_the_width(target: object) -> None:
     for width in (1, 3, 64, 768, 1100, 65_536):
-        for c in (select_tile_config(width, target), select_walk_config(width, 16, BF16, target)):
+        for c in (
+            select_tile_config(width, 16, BF16, 1, target),
+            select_walk_config(width, 16, BF16, target),
+        ):
             assert c.block_n & (c.block_n - 1) == 0 and c.block_m & (c.block_m - 1) == 0
             assert c.block_n <= max(64, 2 * width - 1)
 

@@ -31,6 +31,7 @@ def test_every_shipped_kernel(arch: str, tmp_path: Path) -> None:
 def check_that_all_are_there(rows: list[dict[str, Any]]) -> None:
     kernels = {row["kernel"] for row in rows}
     assert {"attention_forward", "attention_delta", "attention_dq", "attention_dk_dv"} <= kernels
+    assert {"attention_combine"} <= kernels
     assert {"attention_dbias", "cross_entropy_forward", "cross_entropy_backward", "reduce_losses"} <= kernels
     assert {"norm_forward", "norm_backward", "norm_row_means", "sum_partials"} <= kernels
     assert {"gelu_forward", "gelu_backward", "rotary"} <= kernels

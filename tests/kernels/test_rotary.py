@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -97,27 +95,33 @@ def test_configs_give_each_pair_in_place_a_thread() -> None:
     for target in KNOWN_TARGETS.values():
         threads_of_a_warp = 64 if target.backend == "hip" else 32
         for pairs in (1, 3, 16, 64, 128, 200, 1024, 4096):
-            config = select_rotary_config(pairs, 0, target)
+            config = select_rotary_config(pairs, 0, torch.bfloat16, target)
             assert config.block_d >= pairs and config.block_d & (config.block_d - 1) == 0
             assert config.block_m * config.block_d >= config.num_warps * threads_of_a_warp
-    assert select_rotary_config(64, 0, KNOWN_TARGETS["sm_90"]) == RotaryConfig(16, 64, 0, 4)
-    assert select_rotary_config(64, 0, KNOWN_TARGETS["gfx942"]) == RotaryConfig(16, 64, 0, 2)
-    assert select_rotary_config(16, 64, KNOWN_TARGETS["sm_90"]) == RotaryConfig(32, 16, 64, 4)
-    assert select_rotary_config(1, 254, KNOWN_TARGETS["sm_90"]).block_rest == 256
+    for call, arch, tile in (
+        ((64, 0), "sm_90", (16, 64, 0, 4)),
+        ((64, 0), "gfx942", (16, 64, 0, 2)),
+        ((16, 64), "sm_90", (32, 16, 64, 4)),
+    ):
+        target = KNOWN_TARGETS[arch]
+        programs = 32 * target.multiprocessors
+        assert select_rotary_config(*call, torch.bfloat16, target) == RotaryConfig(*tile, programs)
+    assert select_rotary_config(1, 254, torch.bfloat16, KNOWN_TARGETS["sm_90"]).block_rest == 256
 
 
 def test_programs_take_many_heads_where_there_are_many_positions() -> None:
     target = KNOWN_TARGETS["sm_90"]
-    assert heads_of_program([32], 1, target) == 1
-    assert heads_of_program([32], 1 << 20, target) == 32
-    assert heads_of_program([32, 8], 1 << 20, target) == 32
+    programs = select_rotary_config(64, 0, torch.bfloat16, target).programs
+    assert programs == 32 * target.multiprocessors
+    assert heads_of_program([32], 1, programs) == 1
+    assert heads_of_program([32], 1 << 20, programs) == 32
+    assert heads_of_program([32, 8], 1 << 20, programs) == 32
     for tiles in (500, 1024, 3000):
-        group = heads_of_program([32], tiles, target)
+        group = heads_of_program([32], tiles, programs)
         groups = -(-32 // group)
         assert tiles * groups >= 16 * target.multiprocessors or group == 1
         assert group * groups < 32 + groups  # none has much less to do than another
-    few = replace(target, multiprocessors=1)
-    assert heads_of_program([3], 64, few) == 3
+    assert heads_of_program([3], 64, 32) == 3
 
 
 @pytest.mark.gpu

@@ -201,3 +201,19 @@ def test_double_backward(implementation: str, device: torch.device) -> None:
 
     found = second(fastattn.cross_entropy, implementation=implementation)
     torch.testing.assert_close(found, second(reference.cross_entropy))
+
+
+@pytest.mark.parametrize("implementation", [None, "torch"])
+def test_targets_that_lie_apart_are_counted_where_they_are(
+    implementation: str | None, device: torch.device
+) -> None:
+    """A mean divided by the rows kept among the first numbers in memory: those between the targets, here ignored."""
+    tokens = torch.full((6, 7), -100, device=device)
+    tokens[:, 3] = torch.arange(6, device=device)
+    tokens[5, 3] = -100
+    logits = make_tensor(6, 8, device=device, requires_grad=True)
+    found = fastattn.cross_entropy(logits, tokens[:, 3], implementation=implementation)
+    expected = fastattn.cross_entropy(logits, tokens[:, 3].clone(), implementation=implementation)
+    assert torch.isfinite(found) and torch.equal(found, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    assert torch.equal(*gradients)

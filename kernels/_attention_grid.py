@@ -1,0 +1,131 @@
+"""Which programs the forward launches where queries are few: tiles of a group's heads, and keys in splits.
+
+A program for each tile of queries and head leaves most of a GPU idle there, fills few rows of its tile, and reads the
+keys of a group once for every query head. Pure functions of sizes; imports no Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastattn.kernels._attention_config import AttentionTiles, CombineTiles, select_decode_config
+from fastattn.kernels._config import ceil_div
+from fastattn.kernels._layout import is_broadcast
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._plan import planned
+from fastattn.kernels._target import Target
+
+# So few queries are taken as few by themselves, and more as long as they are no more rows than a tile has, with those
+# of the other heads of a group. Beyond, products take as long as loads (an H200 does 206 FLOPs in the time of a byte,
+# and a row 1 FLOP for each byte of keys and values in 16 bits).
+FEW_QUERIES = 16
+FEW_ROWS = 128
+# What share of its rounds a grid is to fill, FlashAttention-2's number (Dao, 2023), and of how many rounds at most.
+_FULL_ENOUGH = 0.85
+_MOST_ROUNDS = 4
+# In which the keys are counted that a plan depends on, so that a cache which grows by a key a step has few plans. The
+# fewest keys of a split are a multiple of it.
+_KEYS = 32
+
+
+@dataclass(frozen=True)
+class FewQueriesGrid:
+    """How the forward is launched where there are few queries.
+
+    Attributes:
+        tiles: of queries and keys.
+        combine: the launch that puts splits together.
+        folded: whether the rows of a tile are those of all query heads of a group.
+        grid: of the kernel: tiles of queries, over all heads and sequences, and where keys are split, in how many.
+    """
+
+    tiles: AttentionTiles
+    combine: CombineTiles
+    folded: bool
+    grid: tuple[int, ...]
+
+
+def few_queries_grid(
+    heads: int,
+    kv_heads: int,
+    reach: tuple[Any, ...],
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    folds: bool,
+) -> FewQueriesGrid | None:
+    """The grid of a call with few queries, or None where the plain one serves as well.
+
+    Args:
+        reach: see `fastattn.kernels._attention_plan.reach_of`.
+        head_dim: the wider of q's and v's.
+        folds: see `may_fold`.
+    """
+    left, right, bottom_right, sequences, seq_q, seq_k = reach
+    if seq_q > FEW_ROWS:
+        return None
+    # At most so many keys lie between the first that a query of a sequence sees and the last.
+    if right >= 0 and left >= 0:
+        seq_k = min(seq_k, left + right + seq_q)
+    if right >= 0 and not bottom_right:
+        seq_k = min(seq_k, seq_q + right)
+    kv_heads = kv_heads if folds else heads
+    return _few_queries_grid(sequences, heads, kv_heads, seq_q, seq_k // _KEYS, head_dim, dtype, target)
+
+
+def may_fold(asked: AttentionOptions) -> bool:
+    """Whether rows of several heads may share a tile: not where random numbers, a bias or a mask are a head's own.
+
+    These are drawn or read for a tile of one head.
+    """
+    bias, mask = asked.bias, asked.mask
+    return not (
+        asked.dropout_p
+        or (bias is not None and not is_broadcast(bias, 1))
+        or (mask is not None and not is_broadcast(mask, 1))
+    )
+
+
+@planned
+def _few_queries_grid(
+    sequences: int,
+    heads: int,
+    kv_heads: int,
+    seq_q: int,
+    keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+) -> FewQueriesGrid | None:
+    """`keys` counts visible ones in `_KEYS`; kv_heads is heads where rows of several heads may not share a tile."""
+    groups = heads // kv_heads
+    folded = groups > 1 and (seq_q <= FEW_QUERIES or seq_q * groups <= FEW_ROWS)
+    rows, heads = (seq_q * groups, kv_heads) if folded else (seq_q, heads)
+    config = select_decode_config(rows, head_dim, dtype, target)
+    programs = ceil_div(rows, config.tiles.block_m) * heads * sequences
+    splits = min(splits_to_fill(programs, config.programs), keys * _KEYS // config.least_keys)
+    if splits <= 1 and not folded and seq_q > FEW_QUERIES:
+        return None  # tiles of more keys do
+    return FewQueriesGrid(
+        config.tiles, config.combine, folded, (programs,) if splits <= 1 else (programs, splits)
+    )
+
+
+def splits_to_fill(programs: int, fitting: int) -> int:
+    """In how many splits each program's keys fill a device on which `fitting` programs run at a time.
+
+    The fewest that fill whole rounds to 85 %, of up to 4 rounds, or else those that come nearest: programs for 1.1
+    rounds would take the time of 2. With more programs than 4 rounds, 1.
+    """
+    best, fullest = 1, 0.0
+    for rounds in range(1, _MOST_ROUNDS + 1):
+        splits = rounds * fitting // max(programs, 1)
+        full = splits * programs / (rounds * fitting)
+        if full > fullest:
+            best, fullest = splits, full
+        if fullest >= _FULL_ENOUGH:
+            break
+    return best
