@@ -14,6 +14,7 @@ from benchmarks.cases import (
     AddLayerNormCase,
     AddRMSNormCase,
     AttentionCase,
+    AttentionE4M3Case,
     BiasGeluCase,
     BlockCase,
     GegluCase,
@@ -87,6 +88,19 @@ SUITES = {
                 AttentionCase(4, 16, 4096, 64, causal="top_left", dtype=torch.float16),
                 _attention(32768, 128),
             ),
+        ),
+        Suite(
+            "e4m3",
+            "attention on operands rounded to e4m3, for inference",
+            cpu=(AttentionE4M3Case(1, 4, 1024, 64, causal="top_left"),),
+            gpu=(
+                AttentionE4M3Case(4, 16, 4096, 128, causal="top_left", dtype=_BF16),
+                AttentionE4M3Case(1, 16, 16384, 128, causal="top_left", dtype=_BF16),
+                AttentionE4M3Case(4, 16, 4096, 128, dtype=_BF16),
+                AttentionE4M3Case(4, 32, 4096, 64, causal="top_left", dtype=_BF16),
+                AttentionE4M3Case(4, 8, 4096, 256, causal="top_left", dtype=_BF16),
+            ),
+            directions=(FORWARD,),
         ),
         Suite(
             "options",

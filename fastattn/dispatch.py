@@ -40,6 +40,9 @@ INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in
 # here; until then a bfloat16 product is refused rather than wrong.
 interpreter_multiplies_bfloat16 = False
 
+# Nor does it round to e4m3, or know its NaN.
+interpreter_rounds_e4m3 = False
+
 # The oldest NVIDIA architecture Triton compiles for, and the oldest with bfloat16.
 MIN_CAPABILITY = (7, 5)
 MIN_CAPABILITY_BFLOAT16 = (8, 0)

@@ -87,6 +87,15 @@ class Score(NamedTuple):
     bias: Any
     mask: Any
     dropout: Any
+    quantized: Any = None
+
+
+class Quantized(NamedTuple):
+    """What is known of e4m3 operands beside their values, as `quantize.Operands` has it."""
+
+    k_scales_ptr: Any
+    terms_ptr: Any
+    statistics_ptr: Any
 
 
 class Sequences(NamedTuple):

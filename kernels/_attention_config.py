@@ -151,6 +151,22 @@ _ATTENTION["small", 32, 256] = AttentionConfig(
 )
 
 
+# e4m3 operands have a forward alone, where there are products of them: by family and padded head dimension, plain and
+# with anything that modifies the scores, all compiled and read in bf16. With 4 warps a tile of 128 x 128 leaves room
+# for a second program on sm_90 at 64, whose softmax can run beside the first one's products; on sm_100 it spills.
+_ATTENTION_E4M3 = {
+    ("hopper", 64): (AttentionTiles(128, 128, 4, 2), AttentionTiles(128, 64, 8, 2)),
+    ("hopper", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("hopper", 256): (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    ("sm_100", 64): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("sm_100", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("sm_100", 256): (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 64, 8, 2)),
+    ("ampere", 64): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("ampere", 128): (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2)),
+    ("ampere", 256): (AttentionTiles(64, 64, 8, 2), AttentionTiles(64, 32, 8, 2)),
+}
+
+
 # The same with a bias or mask that differs from query to query and from key to key, alone or with one of a row: where
 # there is none, the tiles of "heavy".
 _ATTENTION_PLANE: dict[tuple[str, int, int], AttentionConfig] = {
@@ -258,9 +274,12 @@ _ATTENTION_LIGHT = {
 }
 
 
+_BITS = {torch.float32: 32, torch.float8_e4m3fn: 8}
+
+
 @tunable(
     lambda head_dim, dtype, target, load="plain": (
-        32 if dtype == torch.float32 else 16,
+        _BITS.get(dtype, 16),
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         load if head_dim <= 256 else "plain",
     )
@@ -274,11 +293,15 @@ def select_attention_config(
     """
     if target.backend == "interpreter":
         return _INTERPRETED_ATTENTION
-    family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
+    family, bits = _attention_family(target), _BITS.get(dtype, 16)
+    if bits == 8:
+        blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
+        tiles = _ATTENTION_E4M3["sm_100" if blackwell else family, _padded_width(head_dim)][load != "plain"]
+        return AttentionConfig(tiles, tiles, tiles)
     if head_dim > 256:
         tiles = _ATTENTION_WIDEST[family, bits]
         return AttentionConfig(tiles, tiles, tiles)
-    key = (family, bits, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
+    key = (family, bits, _padded_width(head_dim))
     config = heavy = _ATTENTION_HEAVY[key]
     if load == "plain":
         config = _ATTENTION[key]
@@ -377,6 +400,10 @@ def score_load(asked: AttentionOptions) -> str:
     if others + len(planes) > 2:
         return "heavy"
     return "thin" if planes else "light" if others else "plain"
+
+
+def _padded_width(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 def _attention_family(target: Target) -> str:

@@ -91,8 +91,8 @@ def form_reason(head_dim: int, dtype: torch.dtype, target: Target, load: str, fo
     if (target.backend, target.arch) != ("cuda", 90):
         name = f"sm_{target.arch}" if target.backend == "cuda" else target.arch or target.backend
         return f"{form} has tiles for sm_90 alone, not for {name}"
-    if dtype == torch.float32:
-        return f"{form} has tiles for 16-bit inputs alone, not for torch.float32"
+    if dtype.itemsize != 2:
+        return f"{form} has tiles for 16-bit inputs alone, not for {dtype}"
     if (form, _width(head_dim)) not in _FORMS:
         widest = max(width for name, width in _FORMS if name == form)
         return f"head_dim={head_dim} must be at most {widest} for {form}"

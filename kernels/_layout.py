@@ -69,9 +69,9 @@ def rows_readable(strides: Sequence[int]) -> bool:
     return strides[-1] == 1 and strides[-2] < _MAX_ROW_STRIDE
 
 
-def block_d(head_dim: int) -> int:
-    """Tile sides are powers of two, and a matrix instruction takes at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def block_d(head_dim: int, least: int = 16) -> int:
+    """Tile sides are powers of two, and a matrix instruction takes at least 16; of 8-bit operands 32."""
+    return max(least, 1 << (head_dim - 1).bit_length())
 
 
 def halves(x: Tensor, second_first: bool) -> tuple[Tensor, Tensor]:

@@ -50,16 +50,16 @@ def _exact_tanh(x):
 
 
 @triton.jit
-def _online_softmax_step(scores, row_max, row_sum):
+def _online_softmax_step(scores, row_max, row_sum, SHIFT: tl.constexpr = 0):
     """One tile of the softmax over a row that is seen tile by tile (Milakov and Gimelshein, 2018, algorithm 3).
 
     scores: (BLOCK_M, BLOCK_N) in base 2, -inf where masked. row_max, row_sum: (BLOCK_M,), of the tiles before.
     Returns the tile's weights relative to the new maximum, the factor for what was summed relative to the old
-    one, and the new maximum and sum.
+    one, and the new maximum and sum. Weights, and with them the sum, are 2^SHIFT times as large.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row that has seen no key yet has maximum -inf: a finite pivot makes its weights 0 and not NaN.
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - pivot[:, None])
+    weights = tl.exp2(scores - (pivot if SHIFT == 0 else pivot - SHIFT)[:, None])
     rescale = tl.exp2(row_max - pivot)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)

@@ -44,13 +44,19 @@ def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, OTH
 
 
 @triton.jit
-def _scores_of(products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET):
+def _scores_of(
+    products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, terms=None
+):
     """(scores in base 2, d score / d (scale * product)) of a tile of products, in its own orientation.
 
     rows and keys count within the tile, shaped to broadcast against the products. The second result is the
     derivative of the soft cap, 1.0 without one. A masked score is -inf; what lies beyond the last row or key is not.
+    terms: of `_terms_of_tile`, in the place of the scale.
     """
-    scores = products * score.scale
+    if terms is None:
+        scores = products * score.scale
+    else:
+        scores = products * terms[0] + terms[1]
     cap_slope = 1.0
     if score.softcap is not None:
         bent = _tanh(scores, score.softcap.form)

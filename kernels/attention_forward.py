@@ -21,6 +21,15 @@ from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_pla
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._quantized import (
+    E4M3_SHIFT,
+    _add_values,
+    _in_value_order,
+    _load_value_scales,
+    _load_value_tile,
+    _terms_of,
+    _terms_of_tile,
+)
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _heads_of_rows,
@@ -50,6 +59,7 @@ def _attend_keys(
     v_rows,
     score,
     slope,
+    terms,
     batch,
     head,
     HEADS,
@@ -81,17 +91,23 @@ def _attend_keys(
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
         k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        of_tile = _terms_of_tile(terms, first_key)
         scores, _cap_slope = _scores_of(
-            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
+            products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, of_tile
         )
         if MASKED:
             visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             scores = tl.where(visible, scores, float("-inf"))
-        weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum)
+        SHIFT: tl.constexpr = 0 if terms is None else E4M3_SHIFT
+        weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, SHIFT)
         weights = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
-        v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
+        if terms is None:
+            v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+            accumulator = accumulator * rescale[:, None]
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
+        else:
+            v = _load_value_tile(v_rows, first_key, BLOCK_N, BLOCK_V)
+            accumulator = _add_values(accumulator * rescale[:, None], _in_value_order(weights).to(v.dtype), v)
     return accumulator, row_max, row_sum
 
 
@@ -136,7 +152,7 @@ def _attention_forward_kernel(
     FOLDED: a tile's rows are those of all heads of a group, as `_heads_of_rows` says; MAX_SEQ_Q * GROUPS rows and
     HEADS // GROUPS heads in the grid. SPLIT: each program sees a part of the keys, of as many as axis 1 of the grid
     has. Then out, (batch * splits, HEADS, SEQ_Q, V_DIM), takes accumulators, lse, (batch * splits, 2, HEADS, SEQ_Q),
-    maxima in base 2 and sums, and sinks are `attention_combine`'s.
+    maxima in base 2 and sums, and sinks are `attention_combine`'s. e4m3 operands go with neither.
     """
     if FOLDED:
         tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_Q * GROUPS, BLOCK_M), HEADS // GROUPS)
@@ -173,10 +189,11 @@ def _attention_forward_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    terms = _terms_of(score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M)
     if sinks_ptr is not None:
         # One more key, seen first, whose value is 0.
         row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0 if terms is None else 1.0 * 2**E4M3_SHIFT)
     slope = _slope_of(score.slopes, batch, column)
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -187,7 +204,7 @@ def _attention_forward_kernel(
         first, last = _stretch(part, begin, full_begin, full_end, end)
         accumulator, row_max, row_sum = _attend_keys(
             accumulator, row_max, row_sum, query, k_rows, v_rows,
-            score, slope, batch, head, HEADS, first_row, rows, first, last, rows_q, seq_k, offset, low, high,
+            score, slope, terms, batch, head, HEADS, first_row, rows, first, last, rows_q, seq_k, offset, low, high,
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
@@ -196,13 +213,16 @@ def _attention_forward_kernel(
     if not SPLIT:
         # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
         result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    if terms is not None:
+        result *= _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
     _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, rows)
     rows = first_row + rows
     if SPLIT:
         tl.store(lse_ptr + rows, row_max, mask=rows < rows_q)
         tl.store(lse_ptr + tl.cast(HEADS, tl.int64) * SEQ_Q + rows, row_sum, mask=rows < rows_q)
     else:
-        lse = (row_max + tl.log2(row_sum)) * LN_2  # (BLOCK_M,)
+        lse = row_max + tl.log2(row_sum)  # (BLOCK_M,)
+        lse = (lse if terms is None else lse - E4M3_SHIFT) * LN_2
         tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=rows < rows_q)
 
 

@@ -1,7 +1,8 @@
 """Mends Triton's interpreter for tests, where it computes something else than a GPU would, or the same for nothing.
 
 The interpreter keeps bfloat16 as 16-bit integers (Triton 3.6 to 3.9). Its `tl.dot` multiplies those integers, and
-its conversion from float32 truncates where a GPU rounds to nearest even.
+its conversion from float32 truncates where a GPU rounds to nearest even. So does that to e4m3, whose NaN it does not
+know either.
 """
 
 import functools
@@ -36,11 +37,19 @@ def mend_bfloat16() -> None:
             return _to_bfloat16(data)
         if source == tl.bfloat16 and target == tl.float32:
             return _to_float32(data)
+        if tl.float8e4nv in (source, target) and {source, target} <= _TORCH_FLOATS.keys():
+            return _between(data, _TORCH_FLOATS[source], _TORCH_FLOATS[target])
         return plain_convert(data, source, target, rounding_mode)
 
+    _TORCH_FLOATS = {
+        tl.float32: torch.float32,
+        tl.float16: torch.float16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+    }
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._convert_float = convert_float
     dispatch.interpreter_multiplies_bfloat16 = True
+    dispatch.interpreter_rounds_e4m3 = True
 
 
 def leave_out_idle_work() -> None:
@@ -81,6 +90,17 @@ def leave_out_idle_work() -> None:
     interpreter._get_np_dtype = numpy_dtype
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
+
+
+def _between(data: np.ndarray, source: torch.dtype, target: torch.dtype) -> np.ndarray:
+    """The bits of what PyTorch converts, saturating as the instruction does (cvt.rn.satfinite)."""
+    values = torch.from_numpy(np.ascontiguousarray(data)).view(source)
+    if target == torch.float8_e4m3fn:
+        values = values.clamp(-448.0, 448.0)  # keeps NaN
+    bits = values.to(target).view(
+        torch.uint8 if target.itemsize == 1 else torch.int16 if target.itemsize == 2 else torch.int32
+    )
+    return bits.numpy().view(f"uint{8 * target.itemsize}").reshape(data.shape)
 
 
 def _to_bfloat16(data: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ values in the same layout. benchmarks/suites.py says which cases are measured.
 """
 
 from benchmarks.cases.attention import AttentionCase
+from benchmarks.cases.attention_e4m3 import AttentionE4M3Case
 from benchmarks.cases.base import DTYPE_NAMES, DTYPES, Case, draw, shape_of
 from benchmarks.cases.loss import LinearLossCase, LossCase
 from benchmarks.cases.mlp import BiasGeluCase, GegluCase, GeluCase, MlpCase, SwigluCase
@@ -33,6 +34,7 @@ __all__ = [
     "AddLayerNormCase",
     "AddRMSNormCase",
     "AttentionCase",
+    "AttentionE4M3Case",
     "BiasGeluCase",
     "BlockCase",
     "Case",

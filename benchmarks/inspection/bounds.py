@@ -129,6 +129,7 @@ class Work:
     special: int
     bytes: int
     float32: bool
+    e4m3: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def work_of(launch: Launch) -> Work:
         flops = 2 * special * arguments["DEPTH"]
     elif launch.name.startswith(("gelu", "bias_activation", "gated")):
         special = tensors[0].numel()
-    return Work(flops, special, nbytes, float32)
+    return Work(flops, special, nbytes, float32, bool(tensors) and tensors[0].dtype == torch.float8_e4m3fn)
 
 
 _PRODUCTS_OF_A_SCORE = {"attention_forward": 2, "attention_dq": 3, "attention_dk_dv": 4}
@@ -190,6 +191,8 @@ def bound_of(work: Work, arch: str) -> Bound:
     """The largest of three times: matrix products, special functions, device memory."""
     device, target = DEVICES[arch], KNOWN_TARGETS[arch]
     tflops = device.float32_tflops if work.float32 else device.tensor_tflops
+    if work.e4m3:
+        tflops = 2 * device.tensor_tflops  # of every device that has them
     special_rate = target.multiprocessors * device.special_per_clock * device.clock_ghz * 1e9
     times = {
         "tensor": work.flops / (tflops * 1e12) * 1e3,

@@ -11,6 +11,7 @@ import torch
 from benchmarks.cases import (
     AddLayerNormCase,
     AttentionCase,
+    AttentionE4M3Case,
     BiasGeluCase,
     GegluCase,
     GeluCase,
@@ -43,6 +44,8 @@ from fastattn.ops._attention_call import Features, options_of
 
 # One of each family of launch configs; see kernels/_*_config.py.
 DEFAULT_ARCHS = ("sm_90", "sm_80", "gfx942")
+# Those with products of e4m3.
+_E4M3_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ def shipped_cases() -> list[OpCase]:
                 (256, "bias+dropout"),
             ):
                 cases.append(AttentionCase(2, 8, 4096, head_dim, kv_heads=2, dtype=dtype, options=options))
+            cases += [
+                AttentionE4M3Case(2, 8, 4096, head_dim, kv_heads=2, causal="top_left", dtype=dtype)
+                for head_dim in (64, 128)
+            ]
             # A step of decoding.
             cases.append(
                 AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32_768, causal="bottom_right", dtype=dtype)
@@ -146,6 +153,8 @@ def is_telling(case: OpCase, arch: str) -> bool:
     float32, whose tiles are the same everywhere but for the widest heads of "gfx942", is compiled for one
     architecture, and so is what differs from another case by less code. "gfx942" has one case of a kernel and table.
     """
+    if isinstance(case, AttentionE4M3Case):
+        return arch in _E4M3_ARCHS
     if arch not in DEFAULT_ARCHS:
         return True
     head_dim = case.head_dim if isinstance(case, AttentionCase) else 0
@@ -221,6 +230,16 @@ def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
         return
     dout = torch.empty_like(out)
     attention_backward(dout, None, q, k, v, out, lse, [True] * 5, *options, config=config)
+
+
+def _launch_attention_e4m3(case: AttentionE4M3Case) -> None:
+    from fastattn.kernels.attention_quantized import attention_e4m3_forward
+
+    q, k, v, *learned = case.inputs("meta")
+    keywords = case.keywords("meta") | case.learned(tuple(learned))
+    causal = keywords.pop("causal")
+    options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
+    attention_e4m3_forward(q, k, v, *options)
 
 
 def _launch_norm(case: LayerNormCase | AddLayerNormCase) -> None:
@@ -314,6 +333,7 @@ _LAUNCH: dict[str, Callable[..., None]] = {
     "swiglu": _launch_gated,
     "mlp": _launch_mlp,
     "rotary": _launch_rotary,
+    "attention_e4m3": _launch_attention_e4m3,
     "loss": _launch_loss,
 }
 # The operations of which `launches_of` takes cases.

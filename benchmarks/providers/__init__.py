@@ -9,7 +9,17 @@ printed, not dropped. To measure a kernel of your own, decorate a function in th
         return lambda x: my_gelu(x, case.approximate)
 """
 
-from benchmarks.providers import attention, attention_forms, loss, mlp, model, norm, peers, rotary
+from benchmarks.providers import (
+    attention,
+    attention_e4m3,
+    attention_forms,
+    loss,
+    mlp,
+    model,
+    norm,
+    peers,
+    rotary,
+)
 from benchmarks.providers.registry import (
     BASELINES,
     NOTES,
@@ -28,6 +38,7 @@ from benchmarks.providers import liger
 
 # Their import registers them.
 assert attention and attention_forms and norm and mlp and loss and model and peers and liger and rotary
+assert attention_e4m3
 
 __all__ = [
     "BASELINES",

@@ -32,6 +32,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "linear_loss",
         "block",
         "rotary",
+        "attention_e4m3",
     )
 }
 BASELINES = ("naive", "torch")

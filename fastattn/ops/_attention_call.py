@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.dispatch import NotSupported, autocasts, checking
 from fastattn.kernels._options import AttentionOptions
+from fastattn.ops._attention_quantized import check_quantized
 from fastattn.ops._check import check_attention_shapes, check_floating, check_same_device
 from fastattn.ops._dropout import check_dropout, draw_seed
 
@@ -33,6 +34,7 @@ class Features(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    quantize: str | None = None
 
 
 def check_attention(
@@ -60,6 +62,8 @@ def check_attention(
         _check_scale(scale)
     if features is not None:
         _check_features(q, k, features)
+        if features.quantize is not None:
+            check_quantized(q, k, v, features)
     if causal is False or causal == "top_left" or causal == "bottom_right":
         return
     if causal is not True:

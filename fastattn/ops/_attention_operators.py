@@ -50,9 +50,11 @@ def _fake_backward(
     )
 
 
-# One pair of operators for each way to compute: the Triton kernels, and blocks of PyTorch operators.
+# One pair of operators for each way to compute: the Triton kernels, and blocks of PyTorch operators; of e4m3 operands
+# a forward alone.
 _forward = {
     "triton": register("attention_forward" + _FORWARD, "kernels.attention_forward", _fake_forward),
+    "e4m3": register("attention_e4m3_forward" + _FORWARD, "kernels.attention_quantized", _fake_forward),
     "blockwise": register("attention_blockwise_forward" + _FORWARD, "ops.attention_blockwise", _fake_forward),
 }
 _backward = {

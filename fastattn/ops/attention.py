@@ -15,6 +15,7 @@ from fastattn.dispatch import Implementation, Operation
 from fastattn.kernels._layout import rows_too_far
 from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
 from fastattn.ops._attention_operators import apply_attention
+from fastattn.ops._attention_quantized import refuse_triton_quantized, run_rounded
 from fastattn.ops._autograd import needs_graph
 
 # The widest head whose forward, and whose backward, fits in registers and shared memory.
@@ -54,6 +55,8 @@ def run_attention(
     return_lse: bool,
 ) -> Result:
     """A checked call by "triton" or "blockwise"."""
+    if features is not None and features.quantize is not None:
+        kind = features.quantize
     out, lse = apply_attention(kind, q, k, v, options_of(q, k, causal, scale, features))
     return (out, lse) if return_lse else out
 
@@ -80,6 +83,10 @@ def refuse_triton_attention(
     if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
         return "Triton's interpreter multiplies bfloat16 as integers"
     if features is not None:
+        if features.quantize is not None:
+            reason = refuse_triton_quantized(q, v)
+            if reason is not None:
+                return reason
         for name, plane in (("bias", features.bias), ("mask", features.mask)):
             if plane is not None and rows_too_far(plane):
                 return f"{name}'s strides {tuple(plane.stride())} are 2^22 or more"
@@ -183,6 +190,8 @@ def run_torch_attention(
     return_lse: bool,
 ) -> Result:
     """A checked call by PyTorch's operator, or by blocks of operators where that does not serve it."""
+    if features is not None and features.quantize is not None:
+        return run_rounded(run_torch_attention, q, k, v, causal, scale, features, return_lse)
     if _blockwise_reason(q, k, v, causal, scale, features, return_lse) is not None:
         return run_attention("blockwise", q, k, v, causal, scale, features, return_lse)
     # A single query at the bottom right sees every key.
@@ -210,7 +219,17 @@ def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features |
     return seen
 
 
+def _describe_triton(*arguments: Any) -> str:
+    features = arguments[5]
+    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
+    return f"fused Triton kernels, memory linear in the sequence{quantized}"
+
+
 def _describe_torch(*arguments: Any) -> str:
+    features = arguments[5]
+    if features is not None and features.quantize is not None:
+        described = _describe_torch(*arguments[:5], features._replace(quantize=None), *arguments[6:])
+        return f"{described}, of values rounded to e4m3 and back in float32: the kernels' numbers without their speed"
     reason = _blockwise_reason(*arguments)
     if reason is None:
         return "torch.nn.functional.scaled_dot_product_attention"
@@ -228,6 +247,8 @@ def _run_reference(
 ) -> Result:
     if features is None:
         return reference.attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+    if features.quantize is not None:
+        return run_rounded(_run_reference, q, k, v, causal, scale, features, return_lse)
     keywords = {name: getattr(features, name) for name in _REFERENCE_FEATURES}
     keywords |= {"bias": four_dimensions(features.bias), "mask": four_dimensions(features.mask)}
     if features.cu_seqlens_q is None or features.cu_seqlens_k is None:
@@ -249,7 +270,7 @@ ATTENTION_IMPLEMENTATIONS = (
         "triton",
         run=lambda *arguments: run_attention("triton", *arguments),
         refuse=refuse_triton_attention,
-        describe=lambda *arguments: "fused Triton kernels, memory linear in the sequence",
+        describe=_describe_triton,
     ),
     Implementation("torch", run=run_torch_attention, refuse=_refuse_torch, describe=_describe_torch),
     Implementation(
@@ -277,15 +298,25 @@ def _pack(
     dropout_p: float,
     key_lengths: Tensor | None,
     deterministic: bool,
+    quantize: str | None,
     return_lse: bool,
 ) -> tuple[Any, ...]:
     features = None
     if (
         window is not None or bias is not None or mask is not None or softcap is not None or sinks is not None
-        or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic
+        or alibi_slopes is not None or dropout_p or key_lengths is not None or deterministic or quantize is not None
     ):  # fmt: skip
         features = Features(
-            window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic
+            window,
+            bias,
+            mask,
+            softcap,
+            alibi_slopes,
+            sinks,
+            dropout_p,
+            key_lengths,
+            deterministic,
+            quantize=quantize,
         )
     return q, k, v, causal, scale, features, return_lse
 
@@ -312,6 +343,7 @@ def attention(
     dropout_p: float = 0,  # an int, because torch.compile takes a default that is a float for an input
     key_lengths: Tensor | None = None,
     deterministic: bool = False,
+    quantize: str | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -344,6 +376,7 @@ def attention(
         key_lengths: (batch,), int32 or int64: keys from there on are hidden, and not read. Causal masks and windows
             lie as if they were there.
         deterministic: gradients equal bit for bit from run to run. The kernels' always are.
+        quantize: "e4m3" rounds q, k, v and the weights to 8 bits before each product, for inference; see the notes.
         return_lse: also return L.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
@@ -355,7 +388,8 @@ def attention(
     Raises:
         TypeError: a tensor has a wrong dtype, or the dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or an argument's value is unknown.
-        NotSupported: the implementation asked for cannot take the call, or alibi_slopes wants a gradient.
+        NotSupported: the implementation asked for cannot take the call, or alibi_slopes wants a gradient, or anything
+            does with `quantize`, which also goes with no dropout and with no torch.func transform.
 
     Notes:
         Triton: products of 16-bit inputs accumulate in float32, and so does the softmax; float32 products are full
@@ -369,16 +403,26 @@ def attention(
         `torch.utils.checkpoint` recomputes the same. The kernels and PyTorch's path drop different weights.
         Under autocast q, k and v are cast to its dtype, as PyTorch's operator does. Within torch.func transforms
         and forward-mode AD, calls go to PyTorch's operator, or are refused where it has no path.
+        With quantize="e4m3" the relative error of O, in the mean square and against float64, is about 5 % on normal
+        inputs, whatever the means of k's channels and the sizes of queries and of v's channels, and below 6 % in the
+        tests; that of L is below 0.05. It grows where one channel of k is far wider than all others (8 % at 20 times).
+        q has a scale a query, k one for 128 keys and a head, behind the mean of each channel, v one a channel and a
+        head; the call makes them, in two reads of k and v and one of q. The kernels need compute capability 8.9 and
+        head_dim and v_dim up to 256, and add up the products of weights and values in float32, but above v_dim 128 on
+        Hopper, where the tensor cores keep some 14 bits. "torch" and "reference" compute in float32 with the same
+        rounded q, k and v, but do not round the weights. An infinity counts as NaN.
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Dao et al., "Flash-Decoding" (2023), for split keys;
         Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Press et al., "Train Short, Test
-        Long" (2022) for ALiBi; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout.
+        Long" (2022) for ALiBi; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for dropout; Shah
+        et al., "FlashAttention-3" (2024), section 3.3, and Zhang et al., "SageAttention" (2024), for 8 bits and the
+        mean of the keys.
     """
     return _ATTENTION(
         implementation,
         *_pack(
             q, k, v, causal, window, scale, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths,
-            deterministic, return_lse,
+            deterministic, quantize, return_lse,
         ),
     )  # fmt: skip

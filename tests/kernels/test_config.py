@@ -202,6 +202,7 @@ def test_loads_and_head_dimensions_of_attention_are_in_its_key():
     assert key_of(select_attention_config, 80, BF16, H200, "heavy") == ("sm_90", 16, 128, "heavy")
     assert key_of(select_attention_config, 512, BF16, H200, "heavy") == ("sm_90", 16, 512, "plain")
     assert key_of(select_attention_config, 64, FP32, H200) == ("sm_90", 32, 64, "plain")
+    assert key_of(select_attention_config, 80, torch.float8_e4m3fn, H200) == ("sm_90", 8, 128, "plain")
 
 
 def test_a_forced_config_is_what_a_kernel_runs_with(device):

@@ -84,3 +84,38 @@ def test_unmended_bfloat16_attention_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert fastattn.explain(q, q, q).implementation == "torch"
     with pytest.raises(fastattn.NotSupported, match="interpreter multiplies bfloat16 as integers"):
         fastattn.attention(q, q, q, implementation="triton")
+
+
+@triton.jit
+def _convert_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(y_ptr + place, tl.load(x_ptr + place).to(y_ptr.dtype.element_ty))
+
+
+def test_conversion_to_e4m3_rounds_and_saturates() -> None:
+    """Unmended, it cuts digits off, and NaN becomes a number."""
+    x = torch.cat(
+        [torch.linspace(-500, 500, 1000), torch.logspace(-6, 0, 1000), torch.tensor([1e4, torch.nan])]
+    )
+    x = torch.nn.functional.pad(x, (0, 2048 - x.numel()))
+    y = torch.empty(2048, dtype=torch.float8_e4m3fn)
+    _convert_kernel[(1,)](x_ptr=x, y_ptr=y, SIZE=2048)
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    torch.testing.assert_close(y.float(), expected.float(), atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32], ids=str)
+def test_every_e4m3_number_is_read_exactly(wide: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found = torch.empty(256, dtype=wide)
+    _convert_kernel[(1,)](x_ptr=every, y_ptr=found, SIZE=256)
+    torch.testing.assert_close(found, every.to(wide), atol=0, rtol=0, equal_nan=True)
+
+
+def test_e4m3_dot_is_exact_up_to_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(32, 32, generator=generator).to(torch.float8_e4m3fn) for _ in range(2))
+    a.view(torch.uint8)[3, 5] = 127  # NaN
+    c = torch.empty(32, 32)
+    _product_kernel[(1,)](a_ptr=a, b_ptr=b, c_ptr=c, SIZE=32)
+    torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-5, rtol=1e-5, equal_nan=True)

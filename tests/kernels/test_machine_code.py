@@ -38,12 +38,17 @@ def check_that_all_are_there(rows: list[dict[str, Any]]) -> None:
     assert {"gated_forward", "gated_backward"} <= kernels
     assert {"bias_activation_forward", "bias_activation_backward"} <= kernels
     assert {"linear_activation", "linear_activation#2"} <= kernels
+    quantizes = {"quantize_statistics", "quantize_keys", "quantize_queries"}
+    assert kernels & quantizes == (quantizes if any(row["arch"] == "sm_90" for row in rows) else set())
     assert not [row for row in rows if row["error"] or row["registers"] == 0 or row["programs"] == 0]
 
 
 def check_tensor_cores(rows: list[dict[str, Any]], arch: str) -> None:
     """16-bit products run on them; on sm_90 by Hopper's own instruction: HMMA there is the slow path."""
     products = [row for row in rows if row["kernel"].partition("#")[0] in PRODUCTS and "bf16" in row["case"]]
+    e4m3 = [row for row in products if "e4m3" in row["case"]]
+    assert {kind for row in e4m3 for kind in row["tensor_cores"]} == ({"QGMMA"} if arch == "sm_90" else set())
+    products = [row for row in products if row not in e4m3]
     kinds = {kind for row in products for kind in row["tensor_cores"]}
     assert kinds == {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "gfx942": {"MFMA"}}[arch]
     assert all(row["loop_tensor_cores"] for row in products)
