@@ -51,7 +51,11 @@ class AttentionConfig:
     """Launch configs of the attention kernels.
 
     `separate_dk_dv` computes dk and dv in a launch each: eight products instead of seven, but one accumulator a
-    program instead of two, which is what fits at large head dimensions.
+    program instead of two, which is what fits at large head dimensions. `dv` are the tiles of its launch then, where
+    they are not those of `dk_dv`.
+
+    `reduce_dq` has the programs of dk add dq up by atomics, instead of a kernel of its own: five products instead of
+    seven, or six of eight, in no fixed order. What asks for the same bits on every run never takes it.
     """
 
     forward: AttentionTiles
@@ -60,6 +64,8 @@ class AttentionConfig:
     separate_dk_dv: bool = False
     delta: AttentionTiles = AttentionTiles(64, 0, 4, 1)
     dbias: AttentionTiles = AttentionTiles(64, 32, 4, 1)
+    reduce_dq: bool = False
+    dv: AttentionTiles | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
         AttentionTiles(128, 32, 8, 2, one_loop=True),
         AttentionTiles(32, 128, 8, 2, one_loop=True),
         separate_dk_dv=True,
+        dv=AttentionTiles(64, 128, 8, 2, one_loop=True),
     ),
     ("ampere", 16, 64): AttentionConfig(
         AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2)

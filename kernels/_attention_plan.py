@@ -42,15 +42,20 @@ class ForwardPlan(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-    """How `attention_backward` launches, and which of q, k, v, out and dout it reads where they lie."""
+    """How `attention_backward` launches, and which of q, k, v, out and dout it reads where they lie.
+
+    `dv` is the launch of dv alone; `separate_dk_dv` and `reduce_dq` are those of the config.
+    """
 
     descriptors: bool
     in_place: tuple[bool, ...]
     delta: AttentionLaunch
     dq: AttentionLaunch
     dk_dv: AttentionLaunch
+    dv: AttentionLaunch
     dbias: AttentionLaunch
     separate_dk_dv: bool
+    reduce_dq: bool
 
 
 Strides = tuple[tuple[int, ...], ...]
@@ -108,8 +113,7 @@ def backward_plan(
     kv_heads, v_dim = shape_v[1], shape_v[3]
     config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
     sizes = _sizes(shape_q, shape_v, reach)
-    sequences, _longest_q, longest_k = reach[3:]
-    dk_dv = config.dk_dv
+    sequences = reach[3]
     return BackwardPlan(
         uses_descriptors(config),
         tuple(rows_readable(of) for of in strides),
@@ -122,16 +126,14 @@ def backward_plan(
             },
         ),
         _by_queries(config.dq, heads, sizes, reach),
-        AttentionLaunch(
-            dk_dv,
-            (ceil_div(longest_k, dk_dv.block_n) * kv_heads * sequences,),
-            {"KV_HEADS": kv_heads, **sizes, **_tiled(dk_dv), **dk_dv.loop},
-        ),
+        _by_keys(config.dk_dv, kv_heads, sizes, reach),
+        _by_keys(config.dv or config.dk_dv, kv_heads, sizes, reach),
         # The grid is of the bias, whose shape is not known here.
         AttentionLaunch(
             config.dbias, (0,), {"HEADS": heads, "SEQUENCES": sequences, **sizes, **_tiled(config.dbias)}
         ),
         config.separate_dk_dv,
+        config.reduce_dq,
     )  # fmt: skip
 
 
@@ -172,6 +174,18 @@ def _by_queries(
         tiles,
         (ceil_div(longest_q, tiles.block_m) * heads * sequences,),
         {"HEADS": heads, **sizes, **_tiled(tiles), **tiles.loop},
+    )
+
+
+def _by_keys(
+    tiles: AttentionTiles, kv_heads: int, sizes: dict[str, Any], reach: tuple[Any, ...]
+) -> AttentionLaunch:
+    """The launch of a kernel whose programs each take a tile of keys."""
+    sequences, _longest_q, longest_k = reach[3:]
+    return AttentionLaunch(
+        tiles,
+        (ceil_div(longest_k, tiles.block_n) * kv_heads * sequences,),
+        {"KV_HEADS": kv_heads, **sizes, **_tiled(tiles), **tiles.loop},
     )
 
 

@@ -137,6 +137,31 @@ def _store_rows(
 
 
 @triton.jit
+def _add_tile(
+    place,
+    tile,
+    first,
+    SEQ,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds a (ROWS, BLOCK_D) tile to float32 rows in memory, where `_rows_at` says, as atomics do: in any order.
+
+    By a descriptor it is one bulk reduction, of what lies within the tensor.
+    """
+    if isinstance(place[0], tl.tensor_descriptor):
+        place[0].atomic_add([place[1], place[2], first, 0], tile.reshape([1, 1, ROWS, BLOCK_D]))
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK_D)
+        stride = place[1]
+        pointers = place[0] + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+        inside = (first + rows < SEQ)[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def _load_log2_sum(lse_ptr, rows, SEQ_Q):
     """lse of some rows in base 2; +inf, which makes every weight 0, beyond the last row and where a row sees no key."""
     lse = tl.load(lse_ptr + rows, mask=rows < SEQ_Q, other=float("-inf"))

@@ -375,7 +375,8 @@ def attention(
         dropout_p: probability to drop a weight, whenever it is not 0; the others are divided by 1 - dropout_p.
         key_lengths: (batch,), int32 or int64: keys from there on are hidden, and not read. Causal masks and windows
             lie as if they were there.
-        deterministic: gradients equal bit for bit from run to run. The kernels' always are.
+        deterministic: gradients equal bit for bit from run to run. With the launch configs that ship they always are;
+            this, as `torch.use_deterministic_algorithms(True)`, rules out those that add dq up by atomics.
         quantize: "e4m3" rounds q, k, v and the weights to 8 bits before each product, for inference; see the notes.
         return_lse: also return L.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
