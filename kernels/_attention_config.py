@@ -390,6 +390,23 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
     return DecodeConfig(tiles, programs * target.multiprocessors)
 
 
+def heads_together(bytes_of_head: int, heads: int, balance: bool, target: Target) -> tuple[int, int] | None:
+    """How heads' programs are mixed so that the longest start first: (together, absent) of `_split_program`.
+
+    What the programs of a section read is to stay in half of the L2: one section begins while another ends
+    (FlashAttention-3's scheduler has sections by L2 too). None is head after head.
+
+    Args:
+        bytes_of_head: what all programs of a head read, keys and values or queries and gradients.
+        heads: of all sequences.
+        balance: whether the programs of a head differ in length.
+    """
+    if not balance or not target.l2:
+        return None
+    together = max(1, min(heads, target.l2 // 2 // max(1, bytes_of_head)))
+    return together, -heads % together
+
+
 def score_load(asked: AttentionOptions) -> str:
     """What the options take of registers in the inner loop.
 

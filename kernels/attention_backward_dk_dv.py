@@ -124,7 +124,19 @@ def _accumulate_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(
+    do_not_specialize=[
+        "KV_HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "HEADS_TOGETHER",
+        "HEADS_ABSENT",
+    ]
+)
 def _attention_dk_dv_kernel(
     q,
     k,
@@ -146,6 +158,8 @@ def _attention_dk_dv_kernel(
     MAX_SEQ_K,
     LEFT,
     RIGHT,
+    HEADS_TOGETHER,
+    HEADS_ABSENT,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -167,7 +181,7 @@ def _attention_dk_dv_kernel(
     SEQ_Q), contiguous. dq, if not None, is in float32, and what these keys contribute is added there by atomics,
     without the scale.
     """
-    tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS)
+    tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(

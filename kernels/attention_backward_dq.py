@@ -84,7 +84,19 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(
+    do_not_specialize=[
+        "HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "HEADS_TOGETHER",
+        "HEADS_ABSENT",
+    ]
+)
 def _attention_dq_kernel(
     q,
     k,
@@ -104,6 +116,8 @@ def _attention_dq_kernel(
     MAX_SEQ_K,
     LEFT,
     RIGHT,
+    HEADS_TOGETHER,
+    HEADS_ABSENT,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -121,7 +135,7 @@ def _attention_dq_kernel(
     Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first. The tensors are `Rows`; lse and
     delta are (batch, HEADS, SEQ_Q), contiguous; SEQ_Q and SEQ_K are the tensors'.
     """
-    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
+    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     kv_head = head // GROUPS
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
