@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import rows_of, score_of
+from fastattn.kernels._arguments import _in_elements, rows_of, score_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
 from fastattn.kernels._attention_forms import layout_reason
 from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
@@ -54,6 +54,7 @@ def _attention_delta_kernel(
 
     Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse (or None), lse and delta are (batch, HEADS, SEQ_Q), contiguous.
     """
+    out, dout = _in_elements(out), _in_elements(dout)
     tile, batch, head = _split_program(tl.cdiv(SEQ_Q, BLOCK_M), HEADS)
     first = tile * BLOCK_M
     out_ptr = out.ptr + batch * out.stride_b + head * out.stride_h

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import Score, read_rows, rows_of, sequences_of
+from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
@@ -181,6 +181,10 @@ def _attention_dk_dv_kernel(
     SEQ_Q), contiguous. dq, if not None, is in float32, and what these keys contribute is added there by atomics,
     without the scale.
     """
+    q, k, v, dout = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(dout)
+    dk, dv = _in_elements(dk), _in_elements(dv)
+    if dq is not None:
+        dq = _in_elements(dq)
     tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)

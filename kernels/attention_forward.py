@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of
+from fastattn.kernels._arguments import _in_elements, read_rows, rows_of, score_of, sequences_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
 from fastattn.kernels._attention_forms import layout_reason
 from fastattn.kernels._attention_grid import may_fold
@@ -168,6 +168,7 @@ def _attention_forward_kernel(
     has. Then out, (batch * splits, HEADS, SEQ_Q, V_DIM), takes accumulators, lse, (batch * splits, 2, HEADS, SEQ_Q),
     maxima in base 2 and sums, and sinks are `attention_combine`'s. e4m3 operands go with neither.
     """
+    q, k, v, out = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(out)
     if FOLDED:
         tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_Q * GROUPS, BLOCK_M), HEADS // GROUPS)
         head = kv_head * GROUPS
