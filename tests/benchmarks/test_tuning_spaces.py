@@ -133,7 +133,8 @@ def test_attentions_forms_are_candidates_where_they_have_tiles(arch, options, se
     case = AttentionCase(2, 4, 256, 128, causal="top_left", dtype=BF16, options=options)
     (task,) = plan([case], target, ["attention"])
     tried = [new.forward for new in spaces.candidates(task.config, "forward", target, None, task.starts)]
-    assert {tiles.form for tiles in tried[:24]} == set(served)
+    # The loops of "reduction" get their rows by descriptors.
+    assert {tiles.form for tiles in tried[:24]} == set(served) - {"reduction"}
     assert len(set(tried)) == len(tried) and task.config.forward not in tried
     for form in served:
         start = select_attention_form(128, BF16, target, "plain", form).forward
