@@ -182,7 +182,7 @@ def test_public_argument(deterministic: bool, device: torch.device, monkeypatch:
         gradients = torch.autograd.grad(found, tensors, (inputs["dout"], inputs["dlse"]))
     assert len(launched) == deterministic
     for name, gradient in zip(RESULTS[2:], gradients, strict=True):
-        assert not deterministic or torch.equal(gradient, expected[name])
+        torch.testing.assert_close(gradient, expected[name])  # the forward of few queries rounds otherwise
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 0, 1), (0, 1, 1)], ids=str)
