@@ -356,6 +356,18 @@ for _family, _stages in (("hopper", 2), ("ampere", 2), ("small", 1)):
     _DECODE[_family, 32, 64, 16] = (16, 32, 4, _stages, 3)
     _DECODE[_family, 32, 128, 16] = (16, 16, 4, _stages, 3)
     _DECODE[_family, 32, 256, 16] = (16, 16, 8, 1, 1)
+for _family in ("hopper", "ampere"):
+    _DECODE[_family, 16, 512, 16] = (16, 16, 8, 2, 1)
+# Rows whose length 16 does not divide are loaded in narrow pieces, whose addresses take the registers of the others:
+# with those tiles 26 to 346 spill loads on sm_90 and 33 or 40 on sm_80, none with these, at any number of rows.
+_DECODE_NARROW = {
+    ("hopper", 64): (64, 64, 8, 3, 1),
+    ("hopper", 128): (64, 32, 8, 3, 1),
+    ("hopper", 256): (16, 32, 8, 3, 1),
+    ("ampere", 64): (16, 64, 4, 3, 2),
+    ("ampere", 128): (16, 32, 4, 3, 2),
+    ("ampere", 256): (16, 32, 8, 3, 1),
+}
 _INTERPRETED_DECODE = DecodeConfig(
     AttentionTiles(16, 16, 1, 1, one_loop=True), programs=8, least_keys=32, combine=CombineTiles(2, 1)
 )
@@ -371,6 +383,7 @@ def _row_class(rows: int) -> int:
         32 if dtype == torch.float32 else 16,
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         _row_class(rows),
+        head_dim % 16 == 0,
     )
 )
 def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: Target) -> DecodeConfig:
@@ -383,13 +396,16 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
     if target.backend == "interpreter":
         return _INTERPRETED_DECODE
     family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
-    if head_dim > 256:
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512
+    if width == 512 and (family, bits, width, 16) not in _DECODE:
         return DecodeConfig(_ATTENTION_WIDEST[family, bits], target.multiprocessors)
-    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     of_rows = _row_class(rows)
     while (family, bits, width, of_rows) not in _DECODE:
         of_rows //= 2
-    block_m, block_n, num_warps, num_stages, programs = _DECODE[family, bits, width, of_rows]
+    found = _DECODE[family, bits, width, of_rows]
+    if head_dim % 16 and bits == 16:
+        found = _DECODE_NARROW.get((family, width), found)
+    block_m, block_n, num_warps, num_stages, programs = found
     tiles = AttentionTiles(block_m, block_n, num_warps, num_stages, one_loop=True)
     return DecodeConfig(tiles, programs * target.multiprocessors)
 
