@@ -139,7 +139,7 @@ def read_rows(tensor: Tensor, tiles: AttentionTiles, rows: int, width: int) -> R
     A descriptor is made here, on the host, and copied to the device among the kernel's arguments. Made in the kernel it
     would cost every program a write to memory and a fence, and each launch a buffer for them.
     """
-    if not tiles.descriptors:
+    if tiles.form == "pointers":
         return rows_of(tensor)
     # A dimension of size 1 may have any stride, which a descriptor would refuse; 16 elements are 16 bytes or more.
     strides = [

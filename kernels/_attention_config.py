@@ -435,7 +435,7 @@ def score_load(asked: AttentionOptions) -> str:
     such a broadcast, at most with one that has it. "heavy": dropout, and everything else.
     """
     planes = [plane for plane in (asked.bias, asked.mask) if plane is not None]
-    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes)
+    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes) if planes else 0
     others = (asked.left >= 0) + (asked.softcap != 0.0) + (asked.alibi_slopes is not None)
     if asked.dropout_p or whole > 1 or (whole and others):
         return "heavy"

@@ -146,15 +146,11 @@ def reach_of(asked: AttentionOptions, q: Tensor, k: Tensor) -> tuple[Any, ...]:
         left, right, bottom_right: those of the options.
         sequences, longest_q, longest_k: how many sequences there are, and the rows of the longest.
     """
+    window = asked.left, asked.right, asked.bottom_right
     batch, _, seq_q, _ = q.shape
-    return (
-        asked.left,
-        asked.right,
-        asked.bottom_right,
-        asked.sequences(batch),
-        asked.longest_q(seq_q),
-        asked.longest_k(k.size(2)),
-    )
+    if asked.cu_seqlens_q is None and asked.cu_seqlens_k is None:
+        return *window, batch, seq_q, k.size(2)
+    return *window, asked.sequences(batch), asked.longest_q(seq_q), asked.longest_k(k.size(2))
 
 
 def read_in_place(tensors: tuple[Tensor, ...], in_place: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -121,9 +121,8 @@ def attention_backward(
     dq_sum = _zeros_like_rows(q) if _adds_up_dq(needs, asked, plan.reduce_dq) else None
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
-        delta = (
-            _launch_delta(dout, dlse, out, lse, plan.delta) if any(needs[i] for i in (0, 1, 3, 4)) else lse
-        )
+        needs_delta = needs[0] or needs[1] or needs[3] or needs[4]
+        delta = _launch_delta(dout, dlse, out, lse, plan.delta) if needs_delta else lse
         common = (dout, q, k, v, lse, delta, asked, score_of(asked, q))
         if needs[0] and dq_sum is None and plan.dq.grid[0] > 0:
             launch_dq(dq, *common, plan.dq)
