@@ -222,7 +222,7 @@ def test_the_address_decides_anew_in_every_call(device: torch.device) -> None:
         storage = torch.empty(aligned[name].numel() + 1, dtype=torch.bfloat16, device=device)
         shifted[name] = storage[1:].view(aligned[name].shape).copy_(aligned[name])
     options = options_of(case)
-    expected = run(aligned, options, None)
+    expected = run(aligned, options, select_attention_config(16, torch.bfloat16, INTERPRETER))
     for inputs in (aligned, shifted, aligned):
         for one, other in zip(
             run(inputs, options, config_of(VARIANTS["descriptors"])), expected, strict=True
