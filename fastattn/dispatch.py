@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -60,8 +60,9 @@ class Implementation:
 
     `refuse(*arguments)` returns the reason why this implementation cannot take the call, or None.
     `step_aside(*arguments)` returns the reason why it should not be the automatic choice although it could
-    take the call, or None. `describe(*arguments)` says in words what runs. All four callables take the
-    operation's arguments: the public function's in their order, without `implementation`, or what `pack` makes of them.
+    take the call, or None. `describe(*arguments)` says in words what runs, and `forms(*arguments)`, where given,
+    why not in another of its forms. All of these take the operation's arguments: the public function's in their
+    order, without `implementation`, or what `pack` makes of them.
     """
 
     name: str
@@ -70,16 +71,21 @@ class Implementation:
     describe: Callable[..., str]
     step_aside: Callable[..., str | None] | None = None
     only_by_name: bool = False
+    forms: Callable[..., dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the implementation chosen and each refusal, in the order they were asked."""
+    """What `explain` found: the implementation chosen and each refusal, in the order they were asked.
+
+    `forms` says of each other form of that implementation why it is not taken, where it has several; it is not printed.
+    """
 
     operation: str
     implementation: str
     description: str
     refusals: dict[str, str]
+    forms: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"fastattn.{self.operation} takes {self.implementation!r}: {self.description}"]
@@ -157,7 +163,7 @@ class Operation:
             chosen = self._named(requested, *arguments)
             others = {i.name: f"{requested!r} was asked for by name" for i in self.implementations}
             del others[chosen.name]
-            return Explanation(self.name, chosen.name, chosen.describe(*arguments), others)
+            return self._explanation(chosen, others, *arguments)
         refusals: dict[str, str] = {}
         choice: Implementation | None = None
         for implementation in self.implementations:
@@ -168,7 +174,11 @@ class Operation:
                 refusals[implementation.name] = reason
         if choice is None:
             raise NotSupported(self._no_implementation(*arguments))
-        return Explanation(self.name, choice.name, choice.describe(*arguments), refusals)
+        return self._explanation(choice, refusals, *arguments)
+
+    def _explanation(self, chosen: Implementation, refusals: dict[str, str], *arguments: Any) -> Explanation:
+        forms = {} if chosen.forms is None else chosen.forms(*arguments)
+        return Explanation(self.name, chosen.name, chosen.describe(*arguments), refusals, forms)
 
     def _automatic_refusal(
         self, implementation: Implementation, choice: Implementation | None, *arguments: Any
@@ -237,7 +247,7 @@ def explain(operation: Callable[..., Any] | Tensor, /, *arguments: Any, **keywor
         arguments, keywords: the call's arguments.
 
     Returns:
-        An `Explanation` with `implementation`, `description` and `refusals`; print it.
+        An `Explanation` with `implementation`, `description`, `refusals` and `forms`; print it.
 
     Raises:
         Whatever the call itself would raise for its arguments.

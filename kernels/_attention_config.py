@@ -51,7 +51,11 @@ class AttentionConfig:
     """Launch configs of the attention kernels.
 
     `separate_dk_dv` computes dk and dv in a launch each: eight products instead of seven, but one accumulator a
-    program instead of two, which is what fits at large head dimensions.
+    program instead of two, which is what fits at large head dimensions. `dv` are the tiles of its launch then, where
+    they are not those of `dk_dv`.
+
+    `reduce_dq` has the programs of dk add dq up by atomics, instead of a kernel of its own: five products instead of
+    seven, or six of eight, in no fixed order. What asks for the same bits on every run never takes it.
     """
 
     forward: AttentionTiles
@@ -60,6 +64,8 @@ class AttentionConfig:
     separate_dk_dv: bool = False
     delta: AttentionTiles = AttentionTiles(64, 0, 4, 1)
     dbias: AttentionTiles = AttentionTiles(64, 32, 4, 1)
+    reduce_dq: bool = False
+    dv: AttentionTiles | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ _ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
         AttentionTiles(128, 32, 8, 2, one_loop=True),
         AttentionTiles(32, 128, 8, 2, one_loop=True),
         separate_dk_dv=True,
+        dv=AttentionTiles(64, 128, 8, 2, one_loop=True),
     ),
     ("ampere", 16, 64): AttentionConfig(
         AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(32, 128, 8, 2)
@@ -315,7 +322,11 @@ def select_attention_config(
 @cache
 def _one_loop(config: AttentionConfig) -> AttentionConfig:
     """The same with one loop in dk and dv: of two, sm_100 spills at every width."""
-    return replace(config, dk_dv=replace(config.dk_dv, one_loop=True))
+    dk_dv = replace(config.dk_dv, one_loop=True)
+    if config == _ATTENTION_PLANE["hopper", 16, 128]:
+        # Of 8 warps dk has 128 registers a thread there, and spills one with a window and a soft cap.
+        dk_dv = replace(dk_dv, num_warps=4)
+    return replace(config, dk_dv=dk_dv)
 
 
 # Few queries: by family, bits, padded head dimension and rows, the tile (in one loop, as products do not bind) and how
@@ -345,6 +356,18 @@ for _family, _stages in (("hopper", 2), ("ampere", 2), ("small", 1)):
     _DECODE[_family, 32, 64, 16] = (16, 32, 4, _stages, 3)
     _DECODE[_family, 32, 128, 16] = (16, 16, 4, _stages, 3)
     _DECODE[_family, 32, 256, 16] = (16, 16, 8, 1, 1)
+for _family in ("hopper", "ampere"):
+    _DECODE[_family, 16, 512, 16] = (16, 16, 8, 2, 1)
+# Rows whose length 16 does not divide are loaded in narrow pieces, whose addresses take the registers of the others:
+# with those tiles 26 to 346 spill loads on sm_90 and 33 or 40 on sm_80, none with these, at any number of rows.
+_DECODE_NARROW = {
+    ("hopper", 64): (64, 64, 8, 3, 1),
+    ("hopper", 128): (64, 32, 8, 3, 1),
+    ("hopper", 256): (16, 32, 8, 3, 1),
+    ("ampere", 64): (16, 64, 4, 3, 2),
+    ("ampere", 128): (16, 32, 4, 3, 2),
+    ("ampere", 256): (16, 32, 8, 3, 1),
+}
 _INTERPRETED_DECODE = DecodeConfig(
     AttentionTiles(16, 16, 1, 1, one_loop=True), programs=8, least_keys=32, combine=CombineTiles(2, 1)
 )
@@ -360,6 +383,7 @@ def _row_class(rows: int) -> int:
         32 if dtype == torch.float32 else 16,
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         _row_class(rows),
+        head_dim % 16 == 0,
     )
 )
 def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: Target) -> DecodeConfig:
@@ -372,15 +396,35 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
     if target.backend == "interpreter":
         return _INTERPRETED_DECODE
     family, bits = _attention_family(target), 32 if dtype == torch.float32 else 16
-    if head_dim > 256:
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512
+    if width == 512 and (family, bits, width, 16) not in _DECODE:
         return DecodeConfig(_ATTENTION_WIDEST[family, bits], target.multiprocessors)
-    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     of_rows = _row_class(rows)
     while (family, bits, width, of_rows) not in _DECODE:
         of_rows //= 2
-    block_m, block_n, num_warps, num_stages, programs = _DECODE[family, bits, width, of_rows]
+    found = _DECODE[family, bits, width, of_rows]
+    if head_dim % 16 and bits == 16:
+        found = _DECODE_NARROW.get((family, width), found)
+    block_m, block_n, num_warps, num_stages, programs = found
     tiles = AttentionTiles(block_m, block_n, num_warps, num_stages, one_loop=True)
     return DecodeConfig(tiles, programs * target.multiprocessors)
+
+
+def heads_together(bytes_of_head: int, heads: int, balance: bool, target: Target) -> tuple[int, int] | None:
+    """How heads' programs are mixed so that the longest start first: (together, absent) of `_split_program`.
+
+    What the programs of a section read is to stay in half of the L2: one section begins while another ends
+    (FlashAttention-3's scheduler has sections by L2 too). None is head after head.
+
+    Args:
+        bytes_of_head: what all programs of a head read, keys and values or queries and gradients.
+        heads: of all sequences.
+        balance: whether the programs of a head differ in length.
+    """
+    if not balance or not target.l2:
+        return None
+    together = max(1, min(heads, target.l2 // 2 // max(1, bytes_of_head)))
+    return together, -heads % together
 
 
 def score_load(asked: AttentionOptions) -> str:
@@ -391,7 +435,7 @@ def score_load(asked: AttentionOptions) -> str:
     such a broadcast, at most with one that has it. "heavy": dropout, and everything else.
     """
     planes = [plane for plane in (asked.bias, asked.mask) if plane is not None]
-    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes)
+    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes) if planes else 0
     others = (asked.left >= 0) + (asked.softcap != 0.0) + (asked.alibi_slopes is not None)
     if asked.dropout_p or whole > 1 or (whole and others):
         return "heavy"

@@ -1,8 +1,11 @@
-"""How attention's loops get their rows: by pointers, by tensor descriptors, or by descriptors with specialized warps.
+"""How attention's loops get their rows: by pointers, by tensor descriptors, or by descriptors with specialized warps;
+and whether dq is added up by atomics.
 
 "pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
 tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
-compiler give the loads to a warp of their own and each half of the tile to a warp group of its own.
+compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "reduction" is
+"descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the same bits on every run. A
+call that asks for these has the kernels of "descriptors" instead.
 
 Nothing of this has been measured on a GPU: "pointers" is what a call gets, the others what `config=` of the launchers,
 the benchmarks' providers and the tests ask for. Imports no Triton.
@@ -20,7 +23,7 @@ from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, 
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target
 
-FORMS = ("pointers", "descriptors", "specialized")
+FORMS = ("pointers", "descriptors", "specialized", "reduction")
 SHIPPED_FORM = "pointers"
 
 # For sm_90 and 16 bits, by form and padded head dimension. All compiled (tests/kernels/test_attention_forms_code.py: no
@@ -43,6 +46,7 @@ _FORMS: dict[tuple[str, int], AttentionConfig] = {
         AttentionTiles(128, 32, 8, 2, "descriptors", one_loop=True),
         AttentionTiles(32, 128, 8, 2, "descriptors", one_loop=True),
         separate_dk_dv=True,
+        dv=AttentionTiles(64, 128, 8, 2, "descriptors", one_loop=True),
     ),
 }
 _FORMS["specialized", 64] = replace(
@@ -57,6 +61,16 @@ _FORMS["specialized", 128] = replace(
 )
 _FORMS["specialized", 256] = replace(
     _FORMS["descriptors", 256], forward=AttentionTiles(128, 64, 4, 2, "specialized")
+)
+# At 128 two accumulators leave no registers for dq: dk takes it along, and dv a launch of its own, six products. At 256
+# what dq needs of shared memory does not fit. sm_80 has no bulk reduction, and no tiles that gain by it.
+_FORMS["reduction", 64] = replace(_FORMS["descriptors", 64], reduce_dq=True)
+_FORMS["reduction", 128] = replace(
+    _FORMS["descriptors", 128],
+    dk_dv=AttentionTiles(64, 128, 8, 2, "descriptors", one_loop=True),
+    dv=AttentionTiles(64, 128, 8, 2, "descriptors"),
+    separate_dk_dv=True,
+    reduce_dq=True,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, CombineTiles
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, CombineTiles, heads_together
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
 from fastattn.kernels._attention_grid import few_queries_grid
 from fastattn.kernels._config import ceil_div
@@ -42,15 +42,20 @@ class ForwardPlan(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-    """How `attention_backward` launches, and which of q, k, v, out and dout it reads where they lie."""
+    """How `attention_backward` launches, and which of q, k, v, out and dout it reads where they lie.
+
+    `dv` is the launch of dv alone; `separate_dk_dv` and `reduce_dq` are those of the config.
+    """
 
     descriptors: bool
     in_place: tuple[bool, ...]
     delta: AttentionLaunch
     dq: AttentionLaunch
     dk_dv: AttentionLaunch
+    dv: AttentionLaunch
     dbias: AttentionLaunch
     separate_dk_dv: bool
+    reduce_dq: bool
 
 
 Strides = tuple[tuple[int, ...], ...]
@@ -82,11 +87,12 @@ def forward_plan(
     in_place, sizes = tuple(rows_readable(of) for of in strides), _sizes(shape_q, shape_v, reach)
     few = few_queries_grid(heads, shape_v[1], reach, width, dtype, target, folds) if config is None else None
     if few is not None:
-        launch = _by_queries(few.tiles, heads, sizes, reach)._replace(grid=few.grid)
+        launch = _by_queries(few.tiles, heads, sizes, reach, _HEAD_AFTER_HEAD)._replace(grid=few.grid)
         launch.constants.update(FOLDED=few.folded, SPLIT=len(few.grid) > 1)
         return ForwardPlan(False, in_place, launch, few.combine if len(few.grid) > 1 else None)
     config = fitting_config(config, described, width, dtype, target, load)
-    launch = _by_queries(config.forward, heads, sizes, reach)
+    together, _ = _heads_together(sizes, heads, reach, dtype, target)
+    launch = _by_queries(config.forward, heads, sizes, reach, together)
     launch.constants.update(FOLDED=False, SPLIT=False)
     return ForwardPlan(uses_descriptors(config), in_place, launch)
 
@@ -108,8 +114,8 @@ def backward_plan(
     kv_heads, v_dim = shape_v[1], shape_v[3]
     config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
     sizes = _sizes(shape_q, shape_v, reach)
-    sequences, _longest_q, longest_k = reach[3:]
-    dk_dv = config.dk_dv
+    sequences = reach[3]
+    by_queries, by_keys = _heads_together(sizes, heads, reach, dtype, target)
     return BackwardPlan(
         uses_descriptors(config),
         tuple(rows_readable(of) for of in strides),
@@ -121,17 +127,15 @@ def backward_plan(
                 "BLOCK_M": config.delta.block_m, "BLOCK_V": block_d(v_dim), "num_warps": config.delta.num_warps,
             },
         ),
-        _by_queries(config.dq, heads, sizes, reach),
-        AttentionLaunch(
-            dk_dv,
-            (ceil_div(longest_k, dk_dv.block_n) * kv_heads * sequences,),
-            {"KV_HEADS": kv_heads, **sizes, **_tiled(dk_dv), **dk_dv.loop},
-        ),
+        _by_queries(config.dq, heads, sizes, reach, by_queries),
+        _by_keys(config.dk_dv, kv_heads, sizes, reach, by_keys),
+        _by_keys(config.dv or config.dk_dv, kv_heads, sizes, reach, by_keys),
         # The grid is of the bias, whose shape is not known here.
         AttentionLaunch(
             config.dbias, (0,), {"HEADS": heads, "SEQUENCES": sequences, **sizes, **_tiled(config.dbias)}
         ),
         config.separate_dk_dv,
+        config.reduce_dq,
     )  # fmt: skip
 
 
@@ -142,15 +146,11 @@ def reach_of(asked: AttentionOptions, q: Tensor, k: Tensor) -> tuple[Any, ...]:
         left, right, bottom_right: those of the options.
         sequences, longest_q, longest_k: how many sequences there are, and the rows of the longest.
     """
+    window = asked.left, asked.right, asked.bottom_right
     batch, _, seq_q, _ = q.shape
-    return (
-        asked.left,
-        asked.right,
-        asked.bottom_right,
-        asked.sequences(batch),
-        asked.longest_q(seq_q),
-        asked.longest_k(k.size(2)),
-    )
+    if asked.cu_seqlens_q is None and asked.cu_seqlens_k is None:
+        return *window, batch, seq_q, k.size(2)
+    return *window, asked.sequences(batch), asked.longest_q(seq_q), asked.longest_k(k.size(2))
 
 
 def read_in_place(tensors: tuple[Tensor, ...], in_place: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -164,15 +164,54 @@ def read_in_place(tensors: tuple[Tensor, ...], in_place: tuple[bool, ...]) -> tu
 
 
 def _by_queries(
-    tiles: AttentionTiles, heads: int, sizes: dict[str, Any], reach: tuple[Any, ...]
+    tiles: AttentionTiles, heads: int, sizes: dict[str, Any], reach: tuple[Any, ...], together: dict[str, Any]
 ) -> AttentionLaunch:
     """The launch of a kernel whose programs each take a tile of queries."""
     sequences, longest_q = reach[3:5]
     return AttentionLaunch(
         tiles,
         (ceil_div(longest_q, tiles.block_m) * heads * sequences,),
-        {"HEADS": heads, **sizes, **_tiled(tiles), **tiles.loop},
+        {"HEADS": heads, **together, **_tiled(tiles), **sizes, **tiles.loop},
     )
+
+
+def _by_keys(
+    tiles: AttentionTiles,
+    kv_heads: int,
+    sizes: dict[str, Any],
+    reach: tuple[Any, ...],
+    together: dict[str, Any],
+) -> AttentionLaunch:
+    """The launch of a kernel whose programs each take a tile of keys."""
+    sequences, _longest_q, longest_k = reach[3:]
+    return AttentionLaunch(
+        tiles,
+        (ceil_div(longest_k, tiles.block_n) * kv_heads * sequences,),
+        {"KV_HEADS": kv_heads, **together, **_tiled(tiles), **sizes, **tiles.loop},
+    )
+
+
+_HEAD_AFTER_HEAD: dict[str, Any] = {"HEADS_TOGETHER": None, "HEADS_ABSENT": None}
+
+
+def _heads_together(
+    sizes: dict[str, Any], heads: int, reach: tuple[Any, ...], dtype: torch.dtype, target: Target
+) -> list[dict[str, Any]]:
+    """The sections of heads, of kernels by queries and of those by keys."""
+    groups, sequences = sizes["GROUPS"], reach[3]
+    width = (sizes["HEAD_DIM"] + sizes["V_DIM"]) * dtype.itemsize
+    # With a window on both sides the tiles of a head are about as long as each other.
+    balance = sizes["HAS_RIGHT"] and not sizes["HAS_LEFT"]
+    key_heads = heads // groups * sequences
+    found = []
+    # The query heads of a group share their keys, and are mixed as one; a program of keys walks all of them.
+    for rows, mixed in ((sizes["MAX_SEQ_K"], groups), (sizes["MAX_SEQ_Q"] * groups, 1)):
+        sections = heads_together(rows * width, key_heads, balance, target)
+        if sections is None:
+            found.append(_HEAD_AFTER_HEAD)
+        else:
+            found.append({"HEADS_TOGETHER": mixed * sections[0], "HEADS_ABSENT": mixed * sections[1]})
+    return found
 
 
 def _sizes(shape_q: tuple[int, ...], shape_v: tuple[int, ...], reach: tuple[Any, ...]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def select_norm_forward_config(
         return NormConfig(1, 256 * (8 if heavy else per_thread), warps_of(8, target))
     warps = max(block_n // per_thread // 32, 1)
     limited = target.backend == "cuda" and per_thread == 32 and not heavy
-    limited = limited and block_n >= (8192 if dtype.itemsize == 2 else 16384)
+    limited = limited and block_n >= 8192 and dtype.itemsize == 2
     block_m = _rows_of_a_tile(block_n, warps, per_thread)
     return NormConfig(block_m, block_n, warps_of(warps, target), registers=64 if limited else None)
 

@@ -33,6 +33,7 @@ class AttentionOptions(NamedTuple):
             bias, mask, alibi_slopes and key_lengths; seq_q and seq_k are each sequence's own.
         dropout_seed: (2,), int64, on the tensors' device; None without dropout.
         max_seqlen_q, max_seqlen_k: of the sequences, 0 without cu_seqlens.
+        deterministic: the gradients' bits are those of every run, whatever the launch config.
     """
 
     scale: float
@@ -51,6 +52,7 @@ class AttentionOptions(NamedTuple):
     dropout_seed: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    deterministic: bool = False
 
     def sequences(self, batch: int) -> int:
         """How many sequences there are: the batch, or those that are packed."""

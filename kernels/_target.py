@@ -24,12 +24,14 @@ class Target:
         arch: compute capability as an integer for "cuda" (90 for sm_90), the gfx name for "hip", else 0.
         shared_memory: bytes of shared memory one program may use.
         multiprocessors: how many programs run at a time, at one each.
+        l2: bytes of the cache that all multiprocessors share, or 0: where there are several, or they are not known.
     """
 
     backend: str
     arch: int | str
     shared_memory: int
     multiprocessors: int
+    l2: int = 0
 
     @property
     def name(self) -> str:
@@ -39,17 +41,17 @@ class Target:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
 
-INTERPRETER = Target("interpreter", 0, 1 << 30, 2)
+INTERPRETER = Target("interpreter", 0, 1 << 30, 2, 1 << 16)
 
 # Targets that kernels are compiled for without a device; the numbers are the vendors' own limits.
 KNOWN_TARGETS = {
-    "sm_75": Target("cuda", 75, 65_536, 40),
-    "sm_80": Target("cuda", 80, 166_912, 108),
-    "sm_86": Target("cuda", 86, 101_376, 84),
-    "sm_89": Target("cuda", 89, 101_376, 128),
-    "sm_90": Target("cuda", 90, 232_448, 132),
-    "sm_100": Target("cuda", 100, 232_448, 148),
-    "sm_120": Target("cuda", 120, 101_376, 170),
+    "sm_75": Target("cuda", 75, 65_536, 40, 4 << 20),
+    "sm_80": Target("cuda", 80, 166_912, 108, 40 << 20),
+    "sm_86": Target("cuda", 86, 101_376, 84, 6 << 20),
+    "sm_89": Target("cuda", 89, 101_376, 128, 72 << 20),
+    "sm_90": Target("cuda", 90, 232_448, 132, 50 << 20),
+    "sm_100": Target("cuda", 100, 232_448, 148, 126 << 20),
+    "sm_120": Target("cuda", 120, 101_376, 170, 96 << 20),
     "gfx942": Target("hip", "gfx942", 65_536, 304),
 }
 
@@ -72,6 +74,7 @@ def _cuda_target(index: int) -> Target:
         properties.major * 10 + properties.minor,
         properties.shared_memory_per_block_optin,
         properties.multi_processor_count,
+        properties.L2_cache_size,
     )
 
 

@@ -137,6 +137,31 @@ def _store_rows(
 
 
 @triton.jit
+def _add_tile(
+    place,
+    tile,
+    first,
+    SEQ,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds a (ROWS, BLOCK_D) tile to float32 rows in memory, where `_rows_at` says, as atomics do: in any order.
+
+    By a descriptor it is one bulk reduction, of what lies within the tensor.
+    """
+    if isinstance(place[0], tl.tensor_descriptor):
+        place[0].atomic_add([place[1], place[2], first, 0], tile.reshape([1, 1, ROWS, BLOCK_D]))
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK_D)
+        stride = place[1]
+        pointers = place[0] + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+        inside = (first + rows < SEQ)[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def _load_log2_sum(lse_ptr, rows, SEQ_Q):
     """lse of some rows in base 2; +inf, which makes every weight 0, beyond the last row and where a row sees no key."""
     lse = tl.load(lse_ptr + rows, mask=rows < SEQ_Q, other=float("-inf"))
@@ -144,14 +169,32 @@ def _load_log2_sum(lse_ptr, rows, SEQ_Q):
 
 
 @triton.jit
-def _split_program(TILES, HEADS):
-    """This program's (tile, batch, head) of a grid (TILES * HEADS * batches,); neighbours share a head.
+def _split_program(TILES, HEADS, TOGETHER=None, ABSENT=None):
+    """This program's (tile, batch, head) of a grid (TILES * HEADS * batches,).
+
+    The heads of all sequences follow each other in sections of TOGETHER, of which the first lacks ABSENT. In a section
+    a tile of all heads comes before the next tile: where tile 0 is the longest, the longest of a section start first,
+    and the last section, a whole one, ends with its shortest. TOGETHER = None is head after head.
 
     One grid axis, because the others end at 65,535. int64, because the indices meet strides next.
     """
     program = tl.program_id(0)
-    head = program // TILES
-    return program % TILES, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
+    if TOGETHER is None:
+        head = program // TILES
+        tile = program % TILES
+    else:
+        # Without signs, whose division is longer: with them the forward of head_dim 256 spilled on sm_90.
+        program = program.to(tl.uint32)
+        TILES = tl.cast(TILES, tl.uint32)
+        TOGETHER = tl.cast(TOGETHER, tl.uint32)
+        ABSENT = tl.cast(ABSENT, tl.uint32)
+        section = (program + ABSENT * TILES) // (TILES * TOGETHER)
+        end = (section + 1) * TOGETHER - ABSENT
+        first = tl.maximum(end, TOGETHER) - TOGETHER
+        within = program - first * TILES
+        tile = (within // (end - first)).to(tl.int32)
+        head = (first + within % (end - first)).to(tl.int32)
+    return tile, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
 
 
 @triton.jit

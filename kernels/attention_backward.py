@@ -10,7 +10,8 @@ itself by the same mask; a soft cap multiplies dS by its derivative in dQ and dK
 of value 0 and weight exp(sink - lse), has the gradient -sum exp(sink - lse) delta.
 
 A kernel each for delta, dq, dk with dv, and dbias (attention_backward_*), with seven products, nine with a bias, and
-no atomics: the result is the same bit for bit from run to run.
+no atomics: the result is the same bit for bit from run to run. A config with `reduce_dq`, which no table holds, has the
+programs of dk add dq up by atomics instead (FlashAttention-2's order of loops): five products, and no bits to rely on.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import rows_of, score_of
+from fastattn.kernels._arguments import _in_elements, rows_of, score_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
 from fastattn.kernels._attention_forms import layout_reason
 from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_gradient
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
@@ -52,6 +54,7 @@ def _attention_delta_kernel(
 
     Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,); dlse (or None), lse and delta are (batch, HEADS, SEQ_Q), contiguous.
     """
+    out, dout = _in_elements(out), _in_elements(dout)
     tile, batch, head = _split_program(tl.cdiv(SEQ_Q, BLOCK_M), HEADS)
     first = tile * BLOCK_M
     out_ptr = out.ptr + batch * out.stride_b + head * out.stride_h
@@ -115,17 +118,25 @@ def attention_backward(
     if plan.descriptors and layout_reason((q, k, v, dout), asked) is not None:
         plan = backward_plan(*layout, described=False)
     lse = lse.contiguous()
+    dq_sum = _zeros_like_rows(q) if _adds_up_dq(needs, asked, plan.reduce_dq) else None
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.
-        delta = (
-            _launch_delta(dout, dlse, out, lse, plan.delta) if any(needs[i] for i in (0, 1, 3, 4)) else lse
-        )
+        needs_delta = needs[0] or needs[1] or needs[3] or needs[4]
+        delta = _launch_delta(dout, dlse, out, lse, plan.delta) if needs_delta else lse
         common = (dout, q, k, v, lse, delta, asked, score_of(asked, q))
-        if needs[0] and plan.dq.grid[0] > 0:
+        if needs[0] and dq_sum is None and plan.dq.grid[0] > 0:
             launch_dq(dq, *common, plan.dq)
         if plan.dk_dv.grid[0] > 0:
             for part_dk, part_dv in _dk_dv_launches(needs[1], needs[2], plan.separate_dk_dv):
-                launch_dk_dv(dk if part_dk else None, dv if part_dv else None, *common, plan.dk_dv)
+                launch_dk_dv(
+                    dk if part_dk else None,
+                    dv if part_dv else None,
+                    dq_sum if part_dk else None,
+                    *common,
+                    plan.dk_dv if part_dk else plan.dv,
+                )
+        if dq_sum is not None:
+            torch.mul(dq_sum, asked.scale, out=dq)
         if dbias.numel() > 0:
             launch_dbias(dbias, *common, plan.dbias)
     if needs[4] and asked.sinks is not None:
@@ -137,6 +148,19 @@ def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """-sum exp(sink - lse) delta over batch and rows, (heads,); a row of no sequence, whose lse is -inf, has none."""
     weights = torch.exp(sinks.to(lse.dtype).view(-1, 1) - lse.masked_fill(lse == float("-inf"), float("inf")))
     return -(weights * delta).sum(dim=(0, 2))
+
+
+def _adds_up_dq(needs: Sequence[bool], asked: AttentionOptions, reduce_dq: bool) -> bool:
+    """Whether dq is added up by atomics beside dk; alone it takes fewer products in its own kernel."""
+    if not (reduce_dq and needs[0] and needs[1]):
+        return False
+    return not (asked.deterministic or torch.are_deterministic_algorithms_enabled())
+
+
+def _zeros_like_rows(q: Tensor) -> Tensor:
+    """Float32 rows to add q's gradient up in, 16 bytes or a multiple apart, as descriptors need them."""
+    head_dim = q.size(3)
+    return q.new_zeros((*q.shape[:3], ceil_div(head_dim, 4) * 4), dtype=torch.float32)[..., :head_dim]
 
 
 def _dk_dv_launches(needs_dk: bool, needs_dv: bool, separate: bool) -> list[tuple[bool, bool]]:

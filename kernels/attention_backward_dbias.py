@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import Plane, Score, rows_of, sequences_of
+from fastattn.kernels._arguments import Plane, Score, _in_elements, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
@@ -164,6 +164,7 @@ def _attention_dbias_kernel(
     Grid (tiles of keys * tiles of rows * heads * batches of the bias,), keys fastest. ALL_*: the bias has the size 1
     in that dimension, and the program walks all of it.
     """
+    q, k, v, dout = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(dout)
     program = tl.program_id(0)
     tiles_k = 1 if ALL_KEYS else tl.cdiv(BIAS_K, BLOCK_N)
     tiles_q = 1 if ALL_ROWS else tl.cdiv(BIAS_Q, BLOCK_M)

@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import Score, read_rows, rows_of, sequences_of
+from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
+    _add_tile,
     _key_window,
     _load_log2_sum,
     _load_own_tile,
@@ -38,6 +39,7 @@ def _accumulate_dk_dv(
     v,
     q_rows,
     dout_rows,
+    dq_rows,
     lse_ptr,
     delta_ptr,
     stride_lse,
@@ -69,7 +71,7 @@ def _accumulate_dk_dv(
     ONE_LOOP: tl.constexpr,
     SPECIALIZED: tl.constexpr,
 ):
-    """Adds dS^T Q and P^T dO of queries begin .. end, BLOCK_M at a time, to dk and dv.
+    """Adds dS^T Q and P^T dO of queries begin .. end, BLOCK_M at a time, to dk and dv; dS K to dq's rows, if given.
 
     With ONE_LOOP begin .. end counts tiles instead, of several heads: `lap` tiles of each, from query `lap_begin` on.
     Scores are held transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T enter their products from registers.
@@ -114,11 +116,27 @@ def _accumulate_dk_dv(
             dscores = weights * (dweights - delta[None, :])
             if score.softcap is not None:
                 dscores = dscores * cap_slope
-            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+            dscores = dscores.to(q.dtype)
+            dk = tl.dot(dscores, q, dk, input_precision="ieee")
+            if dq_rows is not None:
+                dq = tl.dot(tl.trans(dscores), k, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
+                _add_tile(_of_head(dq_rows, member), dq, first_row, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["KV_HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(
+    do_not_specialize=[
+        "KV_HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "HEADS_TOGETHER",
+        "HEADS_ABSENT",
+    ]
+)
 def _attention_dk_dv_kernel(
     q,
     k,
@@ -126,6 +144,7 @@ def _attention_dk_dv_kernel(
     dout,
     dk,
     dv,
+    dq,
     lse_ptr,
     delta_ptr,
     score,
@@ -139,6 +158,8 @@ def _attention_dk_dv_kernel(
     MAX_SEQ_K,
     LEFT,
     RIGHT,
+    HEADS_TOGETHER,
+    HEADS_ABSENT,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -156,9 +177,15 @@ def _attention_dk_dv_kernel(
     """One program computes BLOCK_N rows of dk and dv of one key head, over all queries of its GROUPS heads.
 
     Grid (cdiv(MAX_SEQ_K, BLOCK_N) * KV_HEADS * sequences,), first tile of a head first: under a causal mask it is
-    the longest. The tensors are `Rows`; lse and delta are (batch, KV_HEADS * GROUPS, SEQ_Q), contiguous.
+    the longest. The tensors are `Rows`, q and dout or both descriptors; lse and delta are (batch, KV_HEADS * GROUPS,
+    SEQ_Q), contiguous. dq, if not None, is in float32, and what these keys contribute is added there by atomics,
+    without the scale.
     """
-    tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS)
+    q, k, v, dout = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(dout)
+    dk, dv = _in_elements(dk), _in_elements(dv)
+    if dq is not None:
+        dq = _in_elements(dq)
+    tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_K, BLOCK_N), KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)
     seq_k, offset, low, high = _key_window(
@@ -184,13 +211,20 @@ def _attention_dk_dv_kernel(
         # A tile of hidden keys alone visits no query.
         end = tl.where(first_key < seq_k, end, 0)
         full_end = tl.where(first_key < seq_k, full_end, 0)
+    if dq is not None:
+        # Keys that are not there have weights that may be infinite, and 0 times these would enter dq: all of such a
+        # tile's queries are masked.
+        overruns = first_key + BLOCK_N > seq_k
+        full_begin = tl.where(overruns, tl.maximum(full_begin, end), full_begin)
+        full_end = tl.where(overruns, full_begin, full_end)
     lap = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
     # With one loop for all heads of the group, it is a single turn of this one.
     for group in range(1 if ONE_LOOP else GROUPS):
         head = kv_head * GROUPS + group
         statistics = (held * heads + head) * SEQ_Q + start_q
         for part in tl.static_range(
-            3 if ONE_LOOP else 0 if HAS_RIGHT else 1, 4 if ONE_LOOP else 3 if HAS_LEFT else 2
+            3 if ONE_LOOP else 0 if HAS_RIGHT or dq is not None else 1,
+            4 if ONE_LOOP else 3 if HAS_LEFT else 2,
         ):
             first, last = _stretch(part, begin, full_begin, full_end, end)
             if ONE_LOOP:
@@ -198,6 +232,7 @@ def _attention_dk_dv_kernel(
                 last = lap * GROUPS
             sum_k, sum_v = _accumulate_dk_dv(
                 sum_k, sum_v, key, value, _rows_at(q, held, head, start_q), _rows_at(dout, held, head, start_q),
+                None if dq is None else _rows_at(dq, held, head, start_q),
                 lse_ptr + statistics, delta_ptr + statistics, SEQ_Q, score, batch, head, heads,
                 first_key, first, last, lap, begin, rows_q, seq_k, offset, low, high,
                 HAS_LEFT, HAS_RIGHT, NEEDS_DK, NEEDS_DV, part != 1,
@@ -217,6 +252,7 @@ def _attention_dk_dv_kernel(
 def launch_dk_dv(
     dk: Tensor | None,
     dv: Tensor | None,
+    dq_sum: Tensor | None,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -227,6 +263,7 @@ def launch_dk_dv(
     score: Score,
     launch: AttentionLaunch,
 ) -> None:
+    """Fills dk and dv, each unless it is None; with dk also adds dq, not scaled, to `dq_sum` (float32), if given."""
     tiles, grid, constants = launch
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
@@ -238,6 +275,7 @@ def launch_dk_dv(
         v=rows_of(v),
         dk=rows_of(dk),
         dv=rows_of(dv),
+        dq=None if dq_sum is None else read_rows(dq_sum, tiles, tiles.block_m, constants["BLOCK_D"]),
         lse_ptr=lse,
         delta_ptr=delta,
         score=score,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import Score, read_rows, rows_of, sequences_of
+from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
@@ -84,7 +84,19 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(
+    do_not_specialize=[
+        "HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "HEADS_TOGETHER",
+        "HEADS_ABSENT",
+    ]
+)
 def _attention_dq_kernel(
     q,
     k,
@@ -104,6 +116,8 @@ def _attention_dq_kernel(
     MAX_SEQ_K,
     LEFT,
     RIGHT,
+    HEADS_TOGETHER,
+    HEADS_ABSENT,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -121,7 +135,14 @@ def _attention_dq_kernel(
     Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first. The tensors are `Rows`; lse and
     delta are (batch, HEADS, SEQ_Q), contiguous; SEQ_Q and SEQ_K are the tensors'.
     """
-    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
+    q, k, v, dout, dq = (
+        _in_elements(q),
+        _in_elements(k),
+        _in_elements(v),
+        _in_elements(dout),
+        _in_elements(dq),
+    )
+    tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     kv_head = head // GROUPS
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)

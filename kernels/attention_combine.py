@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels._arguments import rows_of, sequences_of
+from fastattn.kernels._arguments import _in_elements, rows_of, sequences_of
 from fastattn.kernels._attention_config import CombineTiles
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._math import LN_2, LOG2_E
@@ -41,6 +41,7 @@ def _attention_combine_kernel(
     Grid (MAX_SEQ_Q * HEADS * sequences,). parts (batch * SPLITS, HEADS, SEQ_Q, V_DIM) and out (batch, HEADS, SEQ_Q,
     V_DIM) are `Rows`, statistics (batch * SPLITS, 2, HEADS, SEQ_Q) and lse (batch, HEADS, SEQ_Q) contiguous.
     """
+    parts, out = _in_elements(parts), _in_elements(out)
     row, batch, head = _split_program(MAX_SEQ_Q, HEADS)
     held, start, rows = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     if row >= rows:

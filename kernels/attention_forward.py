@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import read_rows, rows_of, score_of, sequences_of
+from fastattn.kernels._arguments import _in_elements, read_rows, rows_of, score_of, sequences_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
 from fastattn.kernels._attention_forms import layout_reason
 from fastattn.kernels._attention_grid import may_fold
@@ -111,7 +111,19 @@ def _attend_keys(
     return accumulator, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "MAX_SEQ_Q", "MAX_SEQ_K", "LEFT", "RIGHT"])
+@triton.jit(
+    do_not_specialize=[
+        "HEADS",
+        "SEQ_Q",
+        "SEQ_K",
+        "MAX_SEQ_Q",
+        "MAX_SEQ_K",
+        "LEFT",
+        "RIGHT",
+        "HEADS_TOGETHER",
+        "HEADS_ABSENT",
+    ]
+)
 def _attention_forward_kernel(
     q,
     k,
@@ -129,6 +141,8 @@ def _attention_forward_kernel(
     MAX_SEQ_K,
     LEFT,
     RIGHT,
+    HEADS_TOGETHER,
+    HEADS_ABSENT,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -146,19 +160,20 @@ def _attention_forward_kernel(
     """One program computes BLOCK_M rows of out and lse of one head of one sequence.
 
     Grid (cdiv(MAX_SEQ_Q, BLOCK_M) * HEADS * sequences,), last tile of a head first: under a causal mask it is the
-    longest. q and out are `Rows`, k and v too or both descriptors of (1, 1, BLOCK_N, width), lse (batch, HEADS, SEQ_Q),
-    contiguous; SEQ_Q and SEQ_K are the tensors'.
+    longest. Heads are in the order of `_split_program`. q and out are `Rows`, k and v too or both descriptors of (1, 1,
+    BLOCK_N, width), lse (batch, HEADS, SEQ_Q), contiguous; SEQ_Q and SEQ_K are the tensors'.
 
     FOLDED: a tile's rows are those of all heads of a group, as `_heads_of_rows` says; MAX_SEQ_Q * GROUPS rows and
     HEADS // GROUPS heads in the grid. SPLIT: each program sees a part of the keys, of as many as axis 1 of the grid
     has. Then out, (batch * splits, HEADS, SEQ_Q, V_DIM), takes accumulators, lse, (batch * splits, 2, HEADS, SEQ_Q),
     maxima in base 2 and sums, and sinks are `attention_combine`'s. e4m3 operands go with neither.
     """
+    q, k, v, out = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(out)
     if FOLDED:
         tile, batch, kv_head = _split_program(tl.cdiv(MAX_SEQ_Q * GROUPS, BLOCK_M), HEADS // GROUPS)
         head = kv_head * GROUPS
     else:
-        tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS)
+        tile, batch, head = _split_program(tl.cdiv(MAX_SEQ_Q, BLOCK_M), HEADS, HEADS_TOGETHER, HEADS_ABSENT)
         kv_head = head // GROUPS
     held, start_q, rows_q = _sequence(batch, sequences.starts_q, SEQ_Q, MAX_SEQ_Q)
     _held, start_k, rows_k = _sequence(batch, sequences.starts_k, SEQ_K, MAX_SEQ_K)

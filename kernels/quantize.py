@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import _target
-from fastattn.kernels._arguments import rows_of
+from fastattn.kernels._arguments import _in_elements, rows_of
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._quantize_config import quantize_tile, select_chunks
 from fastattn.kernels._quantized import E4M3_BLOCK, _in_value_order
@@ -100,6 +100,7 @@ def _quantize_statistics_kernel(
     Grid (CHUNKS * KV_HEADS * batch,). k and v are `Rows`, partials (batch, KV_HEADS, CHUNKS, 2, BLOCK_D), contiguous;
     BLOCK_D covers both widths.
     """
+    k, v = _in_elements(k), _in_elements(v)
     chunk, batch, head = _split_program(CHUNKS, KV_HEADS)
     k_ptr = k.ptr + batch * k.stride_b + head * k.stride_h
     v_ptr = v.ptr + batch * v.stride_b + head * v.stride_h
@@ -158,6 +159,7 @@ def _quantize_keys_kernel(
     Grid (cdiv(SEQ_K, BLOCK_M) * KV_HEADS * batch,). All four tensors are `Rows`, see `Operands`; partials as
     `_quantize_statistics_kernel` wrote them. BLOCK_N is the keys of attention's tiles, which divide BLOCK_M.
     """
+    k, v, k_out, v_out = _in_elements(k), _in_elements(v), _in_elements(k_out), _in_elements(v_out)
     block, batch, head = _split_program(tl.cdiv(SEQ_K, BLOCK_M), KV_HEADS)
     length = _visible_length(key_lengths, batch, SEQ_K)
     place = batch * KV_HEADS + head
@@ -207,6 +209,7 @@ def _quantize_queries_kernel(
 
     Grid (cdiv(SEQ_Q, BLOCK_M) * HEADS * batch,). q and q_out are `Rows`; statistics are those of the keys.
     """
+    q, q_out = _in_elements(q), _in_elements(q_out)
     tile, batch, head = _split_program(tl.cdiv(SEQ_Q, BLOCK_M), HEADS)
     first = tile * BLOCK_M
     rows, columns = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)

@@ -10,10 +10,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fastattn import dispatch
-from tests.interpreter import leave_out_idle_work, mend_bfloat16
+from tests.interpreter import add_bulk_reductions, leave_out_idle_work, mend_bfloat16
 
 if dispatch.INTERPRETING:
     mend_bfloat16()
+    add_bulk_reductions()
     leave_out_idle_work()
 
 

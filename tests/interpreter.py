@@ -52,6 +52,24 @@ def mend_bfloat16() -> None:
     dispatch.interpreter_rounds_e4m3 = True
 
 
+def add_bulk_reductions() -> None:
+    """Makes `descriptor.atomic_add` add, which the interpreter does not know (Triton 3.6 to 3.9)."""
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    def create_descriptor_reduce(self: Any, kind: Any, descriptor: Any, value: Any, offsets: Any) -> Any:
+        if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or value.dtype.scalar != tl.float32:
+            raise NotImplementedError(f"a bulk reduction by {kind} of {value.dtype}: only sums of float32")
+        pointers, inside = descriptor.materialize_pointers(offsets)
+        mask = interpreter.TensorHandle(inside, tl.int1)
+        relaxed, scope = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+        return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, relaxed, scope)
+
+    if not hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
+        interpreter.InterpreterBuilder.create_descriptor_reduce = create_descriptor_reduce
+
+
 def leave_out_idle_work() -> None:
     """Leaves out three things that take most of the interpreter's time and change no result (Triton 3.6 to 3.9).
 

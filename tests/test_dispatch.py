@@ -10,6 +10,8 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.dispatch import Implementation, NotSupported, Operation
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._config import forced_config
 from fastattn.testing import make_tensor
 
 
@@ -89,6 +91,30 @@ def test_what_is_not_fused_goes_to_pytorch(change: dict, reason: str) -> None:
     assert explanation.implementation == "torch"
     assert explanation.refusals["triton"].startswith(reason)
     assert explanation.description == "torch.nn.functional.scaled_dot_product_attention"
+
+
+def test_explain_says_which_form_of_the_kernels_runs(device: torch.device) -> None:
+    """And, not printed, why not another; a seed of dropout is not drawn for that."""
+    q = torch.zeros(1, 2, 8, 16, device=device)
+    given = {"causal": True, "implementation": "triton", "dropout_p": 0.5}
+    torch.manual_seed(3)
+    found = fastattn.explain(q, q, q, **given)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(3))
+    assert found.description == "fused Triton kernels, memory linear in the sequence; rows by pointers"
+    if device.type == "cpu":
+        assert found.forms["descriptors"] == "descriptors has tiles for sm_90 alone, not for interpreter"
+    assert "pointers" not in found.forms and "descriptors" not in str(found)
+    tiles = AttentionTiles(32, 32, 1, 1, "descriptors")
+    with forced_config(select_attention_config, AttentionConfig(tiles, tiles, tiles, reduce_dq=True)):
+        found = fastattn.explain(q, q, q, **given)
+        assert found.description.endswith("rows by descriptors and reduction")
+        assert set(found.forms) >= {"pointers", "specialized"}
+        packed = [q[0].transpose(0, 1)] * 3, torch.tensor([0, 8], device=device, dtype=torch.int32)
+        found = fastattn.explain(
+            fastattn.attention_varlen, *packed[0], packed[1], packed[1], implementation="triton"
+        )
+        assert "rows by pointers" in found.description
+    assert fastattn.explain(q, q, q, implementation="torch").forms == {}
 
 
 def test_explain_says_why_blocks_of_pytorch_run() -> None:

@@ -1,4 +1,4 @@
-"""Attention's forms that no call takes by itself: bulk loads by descriptors, and specialized warps (sm_90).
+"""Attention's forms that no call takes by itself: bulk loads by descriptors, specialized warps, dq by bulk reductions.
 
 They are beside the operation as it ships so that a run on a GPU can say which is the faster; see
 `fastattn.kernels._attention_forms`.
@@ -69,3 +69,4 @@ def _form(form: str) -> Provider:
 
 provider("attention", "fastattn-descriptors")(_form("descriptors"))
 provider("attention", "fastattn-specialized")(_form("specialized"))
+provider("attention", "fastattn-reduction")(_form("reduction"))

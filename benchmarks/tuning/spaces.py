@@ -21,7 +21,7 @@ from fastattn.kernels._target import Target
 # The part of a config that is one tile with its warps and stages.
 TILE = "tile"
 # Each of these is a part of its own.
-_ALONE = ("group_m", "programs")
+_ALONE = ("group_m", "programs", "least_keys")
 # Sizes that the shape alone gives.
 _GIVEN = {RotaryConfig: ("block_d", "block_rest")}
 # Tiles that are multiplied: no side of a matrix instruction is shorter.
@@ -36,6 +36,8 @@ _MOST_STEP = 4
 _PLAIN_FORMS = ("pointers", "descriptors")
 # The most registers of a thread, or None where the compiler is free.
 _LIMIT = "registers"
+# What is no matter of speed alone: gradients whose bits differ from run to run.
+_NEVER = ("reduce_dq",)
 # Words among the fields of a tile.
 _WORDS = ("form",)
 
@@ -46,6 +48,8 @@ def parts(config: Any) -> list[str]:
     found = [TILE] if any(name not in _ALONE for name in tile) else []
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name in _NEVER:
+            continue
         if is_dataclass(value) or field.name in _ALONE or (isinstance(value, bool) and not tile):
             found.append(field.name)
     return found

@@ -198,7 +198,7 @@ def options_of(
         # Every field, because under torch.compile a default that is a float is traced as an input of the graph.
         return AttentionOptions(
             float(scale), -1, 0 if causal else -1, bottom_right, 0.0, 0.0,
-            None, None, None, None, None, None, None, None, 0, 0,
+            None, None, None, None, None, None, None, None, 0, 0, False,
         )  # fmt: skip
     left, right = features.window or (None, None)
     if causal:
@@ -224,6 +224,7 @@ def options_of(
         dropout_seed=draw_seed(q) if features.dropout_p else None,
         max_seqlen_q=features.max_seqlen_q,
         max_seqlen_k=features.max_seqlen_k,
+        deterministic=bool(features.deterministic),
     )
 
 

@@ -17,7 +17,7 @@ _OPTIONS = (
     "float scale, int left=-1, int right=-1, bool bottom_right=False, float softcap=0.0, float dropout_p=0.0,"
     " Tensor? bias=None, Tensor? mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_lengths=None,"
     " Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None,"
-    " SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+    " SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, bool deterministic=False"
 )
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (

@@ -7,8 +7,9 @@ support for opcheck, torch.compile, export and selective checkpointing. Autograd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from importlib import import_module
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 
-# What each operator runs, by its name.
+# What each operator runs, by its name; each takes the place of what imports it when it first runs.
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
@@ -31,25 +32,20 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
         fake: makes outputs of the right shape, stride and dtype without running anything.
     """
     name = schema.partition("(")[0]
-    launch = _on_first_use(launcher, name)
+    LAUNCHERS[name] = _on_first_use(launcher, name)
     _LIBRARY.define(schema)
     # One registration for every device: the launcher, being Triton, serves whatever Triton serves.
-    LAUNCHERS[name] = launch
-    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *arguments: LAUNCHERS[name](*arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.fastattn, name).default
-    types = [str(argument.type) for argument in operator._schema.arguments]
-    floats = [place for place, kind in enumerate(types) if kind in ("float", "Optional[float]")]
+    types = [_types_of(str(argument.real_type)) for argument in operator._schema.arguments]
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched():
             return operator(*arguments)
-        if not _are_plain(arguments, torch.is_grad_enabled()):
+        if not _are_plain(arguments, types, torch.is_grad_enabled()):
             return operator(*arguments)
-        for place in floats:
-            if type(arguments[place]) is int:  # the operator makes it a float, as the kernels need it
-                return operator(*arguments)
-        return launch(*arguments)
+        return LAUNCHERS[name](*arguments)
 
     return call
 
@@ -58,6 +54,8 @@ def _is_watched() -> bool:
     """Whether anything but the launcher would learn of an operator's call: a mode, a transform, a tracer, a profiler.
 
     Where nothing does, PyTorch's dispatcher can only hand the call on, at a quarter of the host cost of a small call.
+    Two watchers cannot be asked for and learn nothing: an `ExecutionTraceObserver` without a profiler, and kernels that
+    somebody else registers for these operators.
     """
     return bool(
         torch._C._len_torch_dispatch_stack()
@@ -69,34 +67,56 @@ def _is_watched() -> bool:
 
 
 _TENSORS = (Tensor, Parameter)
-_VALUES = frozenset((type(None), bool, int, float, str, torch.dtype))
+_VALUES = {
+    "int": int, "SymInt": int, "float": float, "bool": bool, "str": str, "ScalarType": torch.dtype
+}  # fmt: skip
+# Of what a list holds beside tensors.
+_OF_LISTS = repeat(frozenset((type(None), bool)))
 
 
-def _are_plain(arguments: Sequence[Any], records: bool) -> bool:
-    """Whether no argument has its own say in an operator's call.
+def _types_of(declared: str) -> frozenset[type]:
+    """The types of an argument, if no tensor, that the dispatcher hands on unchanged: it makes a float of an int."""
+    name = declared.removeprefix("Optional[").removesuffix("]")
+    types = {_VALUES[name]} if name in _VALUES else set()
+    return frozenset(types | {type(None)} if declared.startswith("Optional[") else types)
 
-    Subclasses of Tensor have, and where autograd `records`, tensors that require a gradient: below an operator nothing
-    is recorded.
+
+def _ordinary_keys() -> int:
+    """The dispatch keys of dense tensors on a CPU or a GPU, as bits, with or without autograd."""
+    found = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    for name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
+        found = found | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return found.raw_repr()
+
+
+# Of a tensor for which the dispatcher does something of its own before an operator's kernel, or instead of it: whose
+# memory holds the negative of its values (as that of `.conj().imag`), zeros without memory, batches, meta tensors.
+_UNUSUAL_KEYS = ~_ordinary_keys()
+
+
+def _are_plain(arguments: Iterable[Any], types: Iterable[frozenset[type]], records: bool) -> bool:
+    """Whether no argument has its own say in an operator's call, or is changed on the way to its launcher.
+
+    Subclasses of Tensor and unusual tensors have, and where autograd `records`, tensors that require a gradient: below
+    an operator nothing is recorded. `types` are those of each argument that is no tensor.
     """
-    for argument in arguments:
+    for argument, known in zip(arguments, types, strict=False):  # trailing defaults may be left out
         kind = type(argument)
-        if kind in _VALUES:
+        if kind in known:
             continue
         if kind in _TENSORS:
             if records and argument.requires_grad:
                 return False
-        elif kind not in (list, tuple) or not _are_plain(argument, records):
+            if torch._C._dispatch_keys(argument).raw_repr() & _UNUSUAL_KEYS:
+                return False
+        elif kind not in (list, tuple) or not _are_plain(argument, _OF_LISTS, records):
             return False
     return True
 
 
 def _on_first_use(module: str, name: str) -> Callable[..., Any]:
-    launcher: Callable[..., Any] | None = None
-
     def launch(*arguments: Any) -> Any:
-        nonlocal launcher
-        if launcher is None:
-            launcher = getattr(import_module(f"fastattn.{module}"), name)
-        return launcher(*arguments)
+        LAUNCHERS[name] = getattr(import_module(f"fastattn.{module}"), name)
+        return LAUNCHERS[name](*arguments)
 
     return launch

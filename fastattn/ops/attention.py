@@ -12,7 +12,10 @@ from torch.nn.functional import (
 
 from fastattn import dispatch, reference
 from fastattn.dispatch import Implementation, Operation
+from fastattn.kernels._attention_config import score_load
+from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, layout_reason
 from fastattn.kernels._layout import rows_too_far
+from fastattn.kernels._target import target_of
 from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
 from fastattn.ops._attention_operators import apply_attention
 from fastattn.ops._attention_quantized import refuse_triton_quantized, run_rounded
@@ -219,12 +222,6 @@ def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features |
     return seen
 
 
-def _describe_triton(*arguments: Any) -> str:
-    features = arguments[5]
-    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
-    return f"fused Triton kernels, memory linear in the sequence{quantized}"
-
-
 def _describe_torch(*arguments: Any) -> str:
     features = arguments[5]
     if features is not None and features.quantize is not None:
@@ -265,12 +262,53 @@ _REFERENCE_FEATURES = (
     "window", "softcap", "alibi_slopes", "sinks", "dropout_p", "key_lengths"
 )  # fmt: skip
 
+
+def _forms_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """The forms of the kernels that a call launches, and why not the others."""
+    # Without dropout, which would draw a seed.
+    drawn = features is not None and features.dropout_p
+    asked = options_of(
+        q, k, causal, scale, features._replace(dropout_p=0.0) if drawn and features else features
+    )
+    load = score_load(asked._replace(dropout_p=features.dropout_p) if drawn and features else asked)
+    target, head_dim = target_of(q.device), max(q.size(-1), v.size(-1))
+    unread = layout_reason((q, k, v), asked)
+    config = fitting_config(None, unread is None, head_dim, q.dtype, target, load)
+    taken = {"reduction" if config.reduce_dq else config.dk_dv.form, config.forward.form, config.dq.form}
+    refused = {}
+    for form in FORMS:
+        if form not in taken:
+            reason = form_reason(head_dim, q.dtype, target, load, form) or unread
+            refused[form] = reason or "no measurement on this architecture says that it is the faster"
+    return [form for form in FORMS if form in taken], refused
+
+
+def _describe_triton(*arguments: Any) -> str:
+    features = arguments[5]
+    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
+    rows = " and ".join(_forms_of(*arguments)[0])
+    return f"fused Triton kernels, memory linear in the sequence{quantized}; rows by {rows}"
+
+
+def _other_forms(*arguments: Any) -> dict[str, str]:
+    return _forms_of(*arguments)[1]
+
+
 ATTENTION_IMPLEMENTATIONS = (
     Implementation(
         "triton",
         run=lambda *arguments: run_attention("triton", *arguments),
         refuse=refuse_triton_attention,
         describe=_describe_triton,
+        forms=_other_forms,
     ),
     Implementation("torch", run=run_torch_attention, refuse=_refuse_torch, describe=_describe_torch),
     Implementation(
@@ -375,7 +413,8 @@ def attention(
         dropout_p: probability to drop a weight, whenever it is not 0; the others are divided by 1 - dropout_p.
         key_lengths: (batch,), int32 or int64: keys from there on are hidden, and not read. Causal masks and windows
             lie as if they were there.
-        deterministic: gradients equal bit for bit from run to run. The kernels' always are.
+        deterministic: gradients equal bit for bit from run to run. With the launch configs that ship they always are;
+            this, as `torch.use_deterministic_algorithms(True)`, rules out those that add dq up by atomics.
         quantize: "e4m3" rounds q, k, v and the weights to 8 bits before each product, for inference; see the notes.
         return_lse: also return L.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.

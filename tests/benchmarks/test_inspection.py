@@ -173,18 +173,19 @@ def test_what_one_architecture_shows_is_compiled_there_alone():
     assert all(is_telling(case, "sm_120") for case in cases)
 
 
-# The beginning of a pipeline, its loop, and what follows it.
+# The beginning of a pipeline, its loop of two copies, and what follows it.
 _PIPELINE = """
         /*0000*/                   LDGSTS.E.BYPASS.128 [R64], desc[UR32][R2.64], P5 ;
         /*0010*/                   LDGDEPBAR ;
         /*0020*/                   LDGSTS.E.BYPASS.128 [R64+0x10], desc[UR32][R2.64], P5 ;
         /*0030*/                   LDGDEPBAR ;
         /*0040*/                   DEPBAR.LE SB0, 0x1 ;
-        /*0050*/                   LDGSTS.E [R64+0x20], desc[UR32][R2.64] ;
-        /*0060*/                   LDGDEPBAR ;
-        /*0070*/               @P0 BRA 0x40 ;
-        /*0080*/                   DEPBAR.LE SB0, 0x0 ;
-        /*0090*/                   LDG.E.64 R2, desc[UR32][R10.64] ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R64+0x20], desc[UR32][R2.64] ;
+        /*0060*/                   LDGSTS.E [R64+0x30], desc[UR32][R2.64] ;
+        /*0070*/                   LDGDEPBAR ;
+        /*0080*/               @P0 BRA 0x40 ;
+        /*0090*/                   DEPBAR.LE SB0, 0x0 ;
+        /*00a0*/                   LDG.E.64 R2, desc[UR32][R10.64] ;
 """
 
 
@@ -211,10 +212,11 @@ def test_bytes_in_flight(text, bytes_):
 
 
 def test_copies_in_flight_are_those_that_no_barrier_waits_for():
-    """Two of 16 bytes before the loop; in it one of these has come."""
+    """Two of 16 bytes before the loop; in it one of these has come, and 20 bytes are asked for."""
     found = [(i.operation, i.operands) for i in instructions_of(_PIPELINE)]
-    assert bytes_in_flight(found) == 32
-    assert bytes_in_flight(found[4:]) == 8
+    assert bytes_in_flight(found) == 16 + 20
+    assert bytes_in_flight(found[:5]) == 32
+    assert bytes_in_flight(found[9:]) == 8
 
 
 def test_what_a_multiprocessor_needs_in_flight_is_bandwidth_times_latency():

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-from benchmarks.cases import AttentionCase, LayerNormCase
+from benchmarks.cases import AttentionCase, LayerNormCase, RotaryCase
 from benchmarks.inspection.rows import launches_of, shipped_cases
 from benchmarks.tuning import spaces
 from benchmarks.tuning.compiling import Compilation, distinct
@@ -53,6 +53,7 @@ def test_parts_of_configs_of_several_kernels():
     assert spaces.parts(select_gelu_config(BF16, 1, H200)) == ["tile"]
     attention = select_attention_config(128, BF16, H200)
     assert {"forward", "dq", "dk_dv", "separate_dk_dv", "delta", "dbias"} <= set(spaces.parts(attention))
+    assert "reduce_dq" not in spaces.parts(attention)  # whose gradients are not the same on every run
     (turned,) = spaces.candidates(attention, "separate_dk_dv", H200)
     assert turned == replace(attention, separate_dk_dv=not attention.separate_dk_dv)
 
@@ -100,7 +101,7 @@ def test_candidates_keep_what_kernels_need():
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "gfx942"))
 def test_every_function_has_tasks_and_candidates(arch):
     target = KNOWN_TARGETS[arch]
-    cases = [case for case in tuning_cases() if not isinstance(case, AttentionCase) or case.seq_q == 4096]
+    cases = [case for case in tuning_cases() if getattr(case, "seq_q", 1) in (1, 4096)]
     tasks = plan(cases, target)
     assert {task.select for task in tasks} == set(_config._overrides)
     for task in tasks:
@@ -132,7 +133,8 @@ def test_attentions_forms_are_candidates_where_they_have_tiles(arch, options, se
     case = AttentionCase(2, 4, 256, 128, causal="top_left", dtype=BF16, options=options)
     (task,) = plan([case], target, ["attention"])
     tried = [new.forward for new in spaces.candidates(task.config, "forward", target, None, task.starts)]
-    assert {tiles.form for tiles in tried[:24]} == set(served)
+    # The loops of "reduction" get their rows by descriptors.
+    assert {tiles.form for tiles in tried[:24]} == set(served) - {"reduction"}
     assert len(set(tried)) == len(tried) and task.config.forward not in tried
     for form in served:
         start = select_attention_form(128, BF16, target, "plain", form).forward
@@ -154,7 +156,13 @@ def test_the_limit_of_registers_is_a_choice_on_nvidias():
 
 
 # What no config is chosen for, and why.
-_FIXED = {"reduce_losses": "one program, which adds up one number a row"}
+_FIXED = {
+    "reduce_losses": "one program, which adds up one number a row",
+    **dict.fromkeys(
+        ("quantize_statistics", "quantize_keys", "quantize_queries"),
+        "one pass through memory each: the rows of a program follow from their width",
+    ),
+}
 
 
 def test_every_kernel_can_be_tuned_and_read():
@@ -169,7 +177,8 @@ def test_every_kernel_can_be_tuned_and_read():
     changed: set[str] = set()
     wide = LayerNormCase(64, 32768, dtype=BF16)
     biased = AttentionCase(2, 4, 256, 64, causal="top_left", dtype=BF16, options="bias")
-    for task in plan([*shipped_cases()[-14:], wide, biased], H200):
+    decode = AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32768, dtype=BF16)
+    for task in plan([*shipped_cases()[-14:], wide, biased, decode], H200):
         for part in spaces.parts(task.config):
             tried = spaces.candidates(task.config, part, H200, task.columns, task.starts)
             jobs = (
@@ -177,3 +186,12 @@ def test_every_kernel_can_be_tuned_and_read():
             )
             changed |= distinct(jobs, 2)[1]
     assert changed == kernels - set(_FIXED)
+
+
+def test_the_programs_of_a_rotation_are_a_part_of_its_config():
+    """More of them take fewer heads each: another launch of the same tile."""
+    (task,) = plan([RotaryCase(4, 32, 4096, 128, dtype=BF16)], H200, ["rotary"])
+    tried = spaces.candidates(task.config, "programs", H200)
+    jobs = (Compilation("sm_90", task.select, task.config, new, task.cases, task.key) for new in tried)
+    groups = [launch.arguments["GROUP"] for job in distinct(jobs)[0] for _, launch in job.changed().values()]
+    assert len(set(groups)) == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastattn.kernels._arguments import rows_of
 from fastattn.kernels._attention_config import (
     AttentionConfig,
     AttentionTiles,
@@ -22,6 +23,7 @@ from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
 from fastattn.testing import make_tensor
 from tests.attention_checks import RESULTS, AttentionCase, assert_attention_accurate, check_attention
+from tests.attention_options import Case, check_options
 
 CASE = AttentionCase(causal="bottom_right", seq_q=45, seq_k=67)
 SCALE = 0.25  # 1 / sqrt(16)
@@ -100,6 +102,17 @@ def test_layouts(layout: object, device: torch.device) -> None:
     actual = run(case, inputs)
     assert_attention_accurate(case, inputs, actual)
     assert all(actual[name].stride(-1) == 1 for name in ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("head_dim, unit", [(16, None), (17, None), (18, 2), (20, 4), (24, 8)])
+def test_strides_count_units(head_dim: int, unit: int | None, device: torch.device) -> None:
+    """Of every tensor in every kernel: rows that 16 elements do not divide, but 2, 4 or 8 do."""
+    found = rows_of(torch.empty(1, 2, 3, head_dim)).unit
+    assert (None if found is None else found.value) == unit
+    case = AttentionCase(batch=2, seq_q=35, seq_k=20, head_dim=head_dim)
+    inputs = case.inputs(device)
+    assert_attention_accurate(case, inputs, run(case, inputs))
+    check_options(Case(1, 2, 1, 20, 20, head_dim=head_dim, v_dim=head_dim, bias="hqk"), "triton", device)
 
 
 def test_output_follows_the_strides_of_the_query(device: torch.device) -> None:

@@ -315,7 +315,9 @@ def test_splits_fill_rounds() -> None:
 @pytest.mark.parametrize("arch", KNOWN_TARGETS)
 def test_every_target_has_tiles_for_few_rows(arch: str) -> None:
     target = KNOWN_TARGETS[arch]
-    for rows, width, dtype in product((1, 16, 17, 64, 65, 500), (16, 64, 96, 256, 512), (BF16, FP16, FP32)):
+    for rows, width, dtype in product(
+        (1, 16, 17, 64, 65, 500), (16, 40, 64, 96, 100, 256, 512), (BF16, FP16, FP32)
+    ):
         config = select_decode_config(rows, width, dtype, target)
         assert config.tiles.form == "pointers" and min(config.tiles.block_m, config.tiles.block_n) >= 16
         assert config.programs % target.multiprocessors == 0 and config.least_keys % 32 == 0

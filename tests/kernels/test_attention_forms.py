@@ -241,10 +241,17 @@ def test_forms_are_a_pure_function() -> None:
     assert SHIPPED_FORM == "pointers"
     bf16, f32 = torch.bfloat16, torch.float32
     for form, head_dim in product(FORMS, (1, 64, 65, 80, 96, 128, 192, 256)):
+        if form == "reduction" and head_dim > 128:
+            assert f"head_dim={head_dim} must be at most 128" in str(
+                form_reason(head_dim, bf16, SM_90, "plain", form)
+            )
+            continue
         assert form_reason(head_dim, bf16, SM_90, "plain", form) is None
         config = select_attention_form(head_dim, bf16, SM_90, "plain", form)
-        assert config.forward.form == form and config.dq.form in FORMS[:2]
-        for tiles in (config.forward, config.dq, config.dk_dv):
+        assert config.reduce_dq == (form == "reduction")
+        assert config.forward.form == form.replace("reduction", "descriptors")
+        assert config.dq.form in FORMS[:2]
+        for tiles in (config.forward, config.dq, config.dk_dv, config.dv or config.dk_dv):
             # The compiler divides a tile over two warp groups only if the program has one.
             assert tiles.num_warps == (4 if tiles.form == "specialized" else 8)
     pointers = select_attention_config(64, bf16, SM_90)
@@ -252,7 +259,7 @@ def test_forms_are_a_pure_function() -> None:
         (64, bf16, KNOWN_TARGETS["sm_100"], "plain"): "tiles for sm_90 alone, not for sm_100",
         (64, bf16, KNOWN_TARGETS["gfx942"], "plain"): "tiles for sm_90 alone, not for gfx942",
         (64, f32, SM_90, "plain"): "tiles for 16-bit inputs alone, not for torch.float32",
-        (320, bf16, SM_90, "plain"): "head_dim=320 must be at most 256",
+        (320, bf16, SM_90, "plain"): "head_dim=320 must be at most",
         (64, bf16, SM_90, "heavy"): "not for a load of 'heavy'",
     }
     for kind, reason in reasons.items():
@@ -260,7 +267,9 @@ def test_forms_are_a_pure_function() -> None:
             assert reason in str(form_reason(*kind, form))
             assert select_attention_form(*kind, form) == select_attention_config(*kind)
     assert select_attention_form(64, bf16, SM_90) == pointers
-    with pytest.raises(ValueError, match="form='tma' must be one of pointers, descriptors, specialized"):
+    with pytest.raises(
+        ValueError, match="form='tma' must be one of pointers, descriptors, specialized, reduction"
+    ):
         form_reason(64, bf16, SM_90, "plain", "tma")
 
 

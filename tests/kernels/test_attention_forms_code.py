@@ -33,6 +33,8 @@ ASKED = [
     ("specialized", 64, ["attention_dk_dv"]),
     ("specialized", 128, ["attention_forward", "attention_dk_dv"]),
     ("specialized", 256, ["attention_forward"]),
+    ("reduction", 64, ["attention_dk_dv"]),
+    ("reduction", 128, ["attention_dk_dv"]),
 ]
 
 
@@ -48,7 +50,8 @@ def inspected() -> tuple[list[dict[str, Any]], list[str]]:
 def test_no_form_spills_or_misses_its_tensor_cores(inspected: Any) -> None:
     rows, failures = inspected
     assert failures == []
-    assert len(rows) == sum(len(kernels) for _, _, kernels in ASKED)
+    # At 128 dk and dv take a launch each of "reduction".
+    assert len(rows) == sum(len(kernels) for _, _, kernels in ASKED) + 1
     assert all(set(row["loop_tensor_cores"]) == {"HGMMA"} for row in rows)
     assert all(row["shared"] <= 232_448 and row["programs"] >= 1 for row in rows)
 
@@ -57,6 +60,29 @@ def test_rows_are_loaded_in_bulk(inspected: Any) -> None:
     """By UTMALDG: a descriptor that the compiler turned back into pointers would be the slower of both."""
     rows, _ = inspected
     assert all(row["tma_loads"] >= 3 for row in rows), [row["tma_loads"] for row in rows]
+
+
+def test_dq_is_added_up_in_bulk(inspected: Any) -> None:
+    """By UTMAREDG, in the launch that computes dk and in no other form: by pointers each element would be an atomic."""
+    rows, _ = inspected
+    found = {(row["case"], row["tma_reductions"] > 0) for row in rows if row["kernel"] == "attention_dk_dv"}
+    assert {("reduction-64", True), ("reduction-128", True), ("descriptors-96", False)} <= found
+    reducing = [row for row in rows if row["tma_reductions"]]
+    assert len(reducing) == 2
+    # Two loops that add, and one.
+    assert [row["tma_reductions"] for row in reducing] == [2, 1]
+
+
+def test_a_reduction_saves_instructions(inspected: Any) -> None:
+    """Of all of a score's products, against 21.6 and 33.4 in "descriptors"' two kernels (kernels/README.md)."""
+    rows, _ = inspected
+    sums: dict[str, float] = {}
+    for row in rows:
+        if row["case"].startswith("reduction"):
+            block_m, block_n = map(int, row["tile"].split("x")[:2])
+            score = row["loop_instructions"] * 32 * row["num_warps"] / (block_m * block_n)
+            sums[row["case"]] = sums.get(row["case"], 0.0) + score
+    assert sums["reduction-64"] < 17 and sums["reduction-128"] < 30
 
 
 def test_warps_are_specialized_where_asked(inspected: Any) -> None:

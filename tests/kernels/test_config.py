@@ -80,7 +80,9 @@ CALLS = {
     select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
-    select_decode_config: list(product((1, 16, 17, 100, 500), (16, 64, 80, 200, 512), (BF16, FP16, FP32))),
+    select_decode_config: list(
+        product((1, 16, 17, 100, 500), (16, 64, 80, 100, 200, 512), (BF16, FP16, FP32))
+    ),
 }
 
 

@@ -137,6 +137,8 @@ OPTIONS = [
     Case(reduction="mean", ignored=False),
 ]
 PRECISIONS = [Case(dtype=dtype, classes=127, z_loss=0.01) for dtype in ("bf16", "fp16")]
+# tanh in 16 bits is a form of its own.
+PRECISIONS += [Case(dtype=d, classes=127, softcap=cap) for d, cap in (("bf16", 30.0), ("fp16", 2.0))]
 
 
 @pytest.mark.parametrize("case", [*CLASSES, *ROWS, *OPTIONS, *PRECISIONS], ids=str)
@@ -312,7 +314,7 @@ def test_configs() -> None:
         for select in (select_cross_entropy_forward_config, select_cross_entropy_backward_config):
             for classes in (1, 2, 1000, 50_257, 50_304, 262_144):
                 config = select(classes, math.gcd(classes, 16), torch.bfloat16, target)
-                assert config.num_warps in (2, 4, 8), name
+                assert config.num_warps in (1, 2, 4, 8), name
                 assert config.block_m * config.block_n <= 8192
                 assert config.block_m == 1 or config.block_n >= classes
     wide = select_cross_entropy_forward_config(50_304, 16, torch.bfloat16, KNOWN_TARGETS["sm_90"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn import dispatch
 from tests.attention_options import Case, launcher_results, make_inputs
@@ -74,6 +75,32 @@ def test_idle_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = launcher_results(case, inputs, "triton")
     assert found["out"].any() and found["dbias"].any()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@triton.jit
+def _bulk_sum_kernel(rows, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """Each of the programs adds its own number, and 1, to the rows from FIRST on."""
+    value = tl.zeros((1, SIZE, SIZE), tl.float32) + tl.program_id(0)
+    rows.atomic_add([1, FIRST, 0], value)
+    rows.atomic_add([1, FIRST, 0], value * 0.0 + 1.0)
+
+
+def test_bulk_reductions_add_within_the_tensor() -> None:
+    """Of rows 12 .. 28 the 8 that there are, of 16 columns the 12; nothing in what lies behind."""
+    memory = torch.full((2, 24, 16), 0.5)
+    rows = TensorDescriptor(memory, [2, 20, 12], [24 * 16, 16, 1], [1, 16, 16])
+    _bulk_sum_kernel[(4,)](rows=rows, FIRST=12, SIZE=16)
+    expected = torch.full((2, 24, 16), 0.5)
+    expected[1, 12:20, :12] += 0 + 1 + 2 + 3 + 4 * 1
+    assert torch.equal(memory, expected)
+
+
+def test_bulk_reductions_are_missing() -> None:
+    """When a Triton release interprets them, this fails, and what tests/interpreter.py adds can go."""
+    from triton.runtime import interpreter
+
+    added = interpreter.InterpreterBuilder.create_descriptor_reduce
+    assert added.__module__ == "tests.interpreter"
 
 
 def test_unmended_bfloat16_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ def tiles_of_tables(arch: str) -> set[Tile]:
         for load in ("plain", "light", "thin", "plane", "heavy"):
             config = select_attention_config(width, torch.bfloat16, KNOWN_TARGETS[arch], load)
             found |= {(name, width, getattr(config, name)) for name in ("forward", "dq", "dk_dv")}
+            if config.dv is not None:
+                found.add(("dk_dv", width, config.dv))
             if load in ("plane", "heavy"):  # the others have no bias
                 found.add(("dbias", width, config.dbias))
     return found
