@@ -65,7 +65,10 @@ def test_operands_are_those_of_the_formula(dtype: torch.dtype, seq_k: int, devic
     """300 keys are several tiles of values, and several chunks whose statistics are put together."""
     if seq_k == 300 and dtype != torch.bfloat16:
         pytest.skip("the dtype shows in fewer keys")
-    check(*operands(device, seq_k=seq_k, dtype=dtype), exactly=device.type == "cpu")
+    q, k, v = operands(device, seq_k=seq_k, dtype=dtype)
+    if seq_k == 300:  # more heads would leave each one chunk
+        q, k, v = q[:1, :2], k[:1, :1], v[:1, :1]
+    check(q, k, v, exactly=device.type == "cpu")
 
 
 def test_strides_are_read_in_place(device: torch.device) -> None:
@@ -85,7 +88,7 @@ def test_hidden_keys_are_not_read(device: torch.device) -> None:
     """NaN and 10^30 at hidden keys change neither means nor scales; a sequence may have no key at all."""
     q, k, v = operands(device)
     lengths = torch.tensor([37, 0], dtype=torch.int32, device=device)
-    k[0, :, 37:], v[0, :, 37:], k[1], v[1] = torch.nan, 1e30, 1e30, torch.nan
+    k[0, :, 37:], v[0, :, 37:], k[1], v[1] = 1e30, 1e30, torch.nan, torch.nan
     made = check(q, k, v, lengths, exactly=device.type == "cpu")
     assert made.statistics.isfinite().all() and (made.statistics[1, :, 1] == 1.0).all()
 
