@@ -7,6 +7,8 @@ in it: the driver's own launch, the check of the current device, and what a GPU'
 
     python -m benchmarks.launch_cost layer_norm rotary_embedding
 
+With `--calls` the functions of Python that a call enters are counted instead, which takes no clock: a test bounds them.
+
 It is a process of its own, since Triton's interpreter must be off and kernels that are bound to the stand-in are kept.
 """
 
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -163,6 +165,42 @@ def measure_launches(
             }
 
 
+def python_calls(call: Call) -> int:
+    """How many functions written in Python a call enters, without itself and what stands in for a launch."""
+    entered = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal entered
+        if event == "call" and frame.f_code.co_filename != __file__:
+            entered += 1
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def count_calls(operations: list[str]) -> Iterator[Row]:
+    """Rows of the calls of Python forward and with gradients; needs `without_device`, and compiles nothing."""
+    with without_launches():
+        for gradients in (False, True):
+            for name, (call, inputs) in launch_calls(gradients).items():
+                if operations and name not in operations:
+                    continue
+                if gradients:
+                    call = _with_backward(call, inputs)
+                call()  # plans are made
+                direction = "forward+backward" if gradients else "forward"
+                yield {
+                    "operation": "launch",
+                    "case": name,
+                    "direction": direction,
+                    "calls": python_calls(call),
+                }
+
+
 def _with_backward(call: Call, inputs: tuple[Tensor, ...]) -> Call:
     gradient = torch.ones_like(call())
     return lambda: torch.autograd.grad(call(), inputs, gradient)
@@ -204,17 +242,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("operations", nargs="*", help="names of public functions; all by default")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--calls", action="store_true", help="count calls of Python instead of microseconds")
     parser.add_argument("--json", action="store_true", help="one row a line")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with without_device(options.arch):
-        for row in measure_launches(options.operations, options.rounds):
+        rows = measure_launches(options.operations, options.rounds)
+        if options.calls:
+            rows = count_calls(options.operations)
+        for row in rows:
             line = json.dumps(row) if options.json else _shown(row)
             print(line, flush=True)
     return 0
 
 
 def _shown(row: Row) -> str:
+    if "calls" in row:
+        return f"{row['case']:22s} {row['direction']:17s} {row['calls']:4d} calls of Python"
     return (
         f"{row['case']:22s} {row['direction']:17s} ours {row['least_us']:6.1f} us at least, {row['median_us']:6.1f} in "
         f"the middle; Triton's {row['triton_us']:6.1f}; an allocation {row['empty_us']:.2f}"

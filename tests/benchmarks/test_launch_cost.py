@@ -1,6 +1,7 @@
 """The host's cost above the launch: the stand-in for a device, in a process without Triton's interpreter."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -68,3 +69,39 @@ def test_nothing_is_left_patched():
 def test_a_machine_that_cannot_compile_is_a_row():
     (row,) = launch_cost.launch_rows(("gelu",), rounds=1, timeout=0.01)
     assert (row["status"], row["reason"]) == ("absent", "not measured within 0.01 s")
+
+
+# Forward, and with gradients: what there were with Python 3.11 and PyTorch 2.13 and a tenth, in which other versions
+# differ. Each call of Python is about 0.1 us.
+MOST_CALLS = {
+    "layer_norm": (38, 119),
+    "rms_norm": (38, 117),
+    "add_layer_norm": (48, 131),
+    "attention": (61, 211),
+    "cross_entropy": (44, 97),
+    "rotary_embedding": (55, 141),
+    "rotary_embedding_qk": (63, 150),
+    "swiglu": (31, 85),
+    "bias_gelu": (30, 90),
+    "gelu": (31, 81),
+    "mlp": (36, 100),
+    "linear_cross_entropy": (85, 161),
+}
+
+
+def test_calls_of_python_do_not_creep():
+    """Host cost without a clock: a new check, or a plan that is not kept, is some calls more."""
+    command = [sys.executable, "-m", "benchmarks.launch_cost", "--calls", "--json"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {(row["case"], row["direction"]): row["calls"] for row in rows}
+    bounds = {
+        (case, direction): most
+        for case, both in MOST_CALLS.items()
+        for direction, most in zip(("forward", "forward+backward"), both, strict=True)
+    }
+    assert found.keys() == bounds.keys()
+    assert {key: count for key, count in found.items() if count > bounds[key]} == {}
