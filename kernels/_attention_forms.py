@@ -3,7 +3,8 @@ and whether dq is added up by atomics.
 
 "pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
 tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
-compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "reduction" is
+compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "warp_groups" does
+the same by hand, for the forward, in Gluon, so that a group's softmax runs beside its own next product. "reduction" is
 "descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the same bits on every run. A
 call that asks for these has the kernels of "descriptors" instead.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, 
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target
 
-FORMS = ("pointers", "descriptors", "specialized", "reduction")
+FORMS = ("pointers", "descriptors", "specialized", "reduction", "warp_groups")
 SHIPPED_FORM = "pointers"
 
 # For sm_90 and 16 bits, by form and padded head dimension. All compiled (tests/kernels/test_attention_forms_code.py: no
@@ -72,6 +74,15 @@ _FORMS["reduction", 128] = replace(
     separate_dk_dv=True,
     reduce_dq=True,
 )
+_FORMS["warp_groups", 64] = replace(
+    _FORMS["descriptors", 64], forward=AttentionTiles(128, 128, 4, 4, "warp_groups")
+)
+_FORMS["warp_groups", 128] = replace(
+    _FORMS["descriptors", 128], forward=AttentionTiles(128, 128, 4, 2, "warp_groups")
+)
+_FORMS["warp_groups", 256] = replace(
+    _FORMS["descriptors", 256], forward=AttentionTiles(128, 64, 4, 2, "warp_groups")
+)
 
 
 # Without what `tunable` puts before it: a measured config may be of another form.
@@ -114,7 +125,28 @@ def form_reason(head_dim: int, dtype: torch.dtype, target: Target, load: str, fo
         return (
             f"{form} has tiles for scores that nothing but a causal mask modifies, not for a load of {load!r}"
         )
+    return _gluon_reason() if form == "warp_groups" else None
+
+
+@cache
+def _gluon_reason() -> str | None:
+    """Why the kernel in Gluon, which Triton calls experimental and may change, cannot be had, or None."""
+    try:
+        import fastattn.kernels.attention_forward_warp_groups  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"warp_groups needs Triton's Gluon as of 3.6 to 3.9: {type(error).__name__}: {error}"
     return None
+
+
+def warp_groups_reason(q: Tensor, target: Target, asked: AttentionOptions) -> str | None:
+    """Why the forward by warp groups cannot serve a call that descriptors of k and v can, or None."""
+    if (target.backend, target.arch) != ("cuda", 90):
+        return f"warp_groups is written for sm_90, not for {target.name}"
+    if asked.scale <= 0.0:
+        return (
+            f"scale={asked.scale} must be above 0 for warp_groups, whose largest product is the largest score"
+        )
+    return layout_reason((q,), asked) or _gluon_reason()
 
 
 def layout_reason(tensors: Sequence[Tensor], asked: AttentionOptions) -> str | None:
@@ -165,8 +197,9 @@ def fitting_config(
     if not uses_descriptors(config):
         return config
     # With specialized warps, a loop that loads more than its rows is not known to compile.
-    specialized = "specialized" in (config.forward.form, config.dq.form, config.dk_dv.form)
-    if described and (load == "plain" or not specialized):
+    forms = (config.forward.form, config.dq.form, config.dk_dv.form)
+    plain = "specialized" in forms or "warp_groups" in forms
+    if described and (load == "plain" or not plain):
         return config
     return _modelled_config(head_dim, dtype, target, load)
 

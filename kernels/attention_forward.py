@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, read_rows, rows_of, score_of, sequences_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
-from fastattn.kernels._attention_forms import layout_reason
+from fastattn.kernels._attention_forms import layout_reason, warp_groups_reason
 from fastattn.kernels._attention_grid import may_fold
 from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_place
 from fastattn.kernels._layout import empty_out
@@ -273,6 +273,13 @@ def attention_forward(
     plan = forward_plan(*layout)
     q, k, v = read_in_place((q, k, v), plan.in_place)
     if plan.descriptors and layout_reason((k, v), asked) is not None:
+        plan = forward_plan(*layout, described=False)
+    if plan.forward.tiles.form == "warp_groups":
+        if warp_groups_reason(q, _target.target_of(q.device), asked) is None:
+            from fastattn.kernels.attention_forward_warp_groups import launch_warp_groups
+
+            launch_warp_groups(q, k, v, out, lse, asked, plan.forward)
+            return out, lse
         plan = forward_plan(*layout, described=False)
     tiles, grid, constants = plan.forward
     if grid[0] == 0:

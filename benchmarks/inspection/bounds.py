@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.costs import attention_pairs
 from benchmarks.inspection.launches import Launch, tensors_of
 from benchmarks.inspection.machine_code import MachineCode
+from fastattn.kernels._arguments import Rows
 from fastattn.kernels._target import KNOWN_TARGETS
 
 
@@ -154,7 +155,7 @@ def work_of(launch: Launch) -> Work:
     arguments = launch.arguments
     if launch.name in _PRODUCTS_OF_A_SCORE:
         pairs = prod(_pairs(arguments))
-        flops = 2 * _products(launch) * pairs * arguments["HEAD_DIM"]
+        flops = 2 * _products(launch) * pairs * _query_shape(arguments)[3]
         special = pairs
     elif launch.name == "linear_activation":
         special = arguments["ROWS"] * arguments["COLUMNS"]
@@ -164,7 +165,12 @@ def work_of(launch: Launch) -> Work:
     return Work(flops, special, nbytes, float32, bool(tensors) and tensors[0].dtype == torch.float8_e4m3fn)
 
 
-_PRODUCTS_OF_A_SCORE = {"attention_forward": 2, "attention_dq": 3, "attention_dk_dv": 4}
+_PRODUCTS_OF_A_SCORE = {
+    "attention_forward": 2,
+    "attention_forward_warp_groups": 2,
+    "attention_dq": 3,
+    "attention_dk_dv": 4,
+}
 
 
 def _products(launch: Launch) -> int:
@@ -175,15 +181,22 @@ def _products(launch: Launch) -> int:
     return 1 + 2 * needs_dk + needs_dv
 
 
+def _query_shape(arguments: dict[str, Any]) -> Sequence[int]:
+    """Of q, which is `Rows` or a descriptor."""
+    q = arguments["q"]
+    shape: Sequence[int] = q.ptr.shape if isinstance(q, Rows) else q.shape
+    return shape
+
+
 def _pairs(arguments: dict[str, Any]) -> tuple[int, int]:
     """(heads of all sequences, visible scores of one)."""
-    q = arguments["q"]
-    batch, heads = q.shape[:2] if isinstance(q, TensorDescriptor) else q.ptr.shape[:2]
+    batch, heads = _query_shape(arguments)[:2]
     seq_q, seq_k = arguments["SEQ_Q"], arguments["SEQ_K"]
     causal: bool | str = False
     if arguments["RIGHT"] == 0:
         causal = "bottom_right" if arguments["BOTTOM_RIGHT"] else "top_left"
-    left = arguments["LEFT"] if causal and arguments["LEFT"] >= 0 else None
+    left = arguments.get("LEFT", -1) if causal else -1
+    left = left if left >= 0 else None
     return batch * heads, attention_pairs(seq_q, seq_k, causal, left)
 
 

@@ -24,7 +24,6 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import _target
 from fastattn.kernels._target import KNOWN_TARGETS
@@ -184,7 +183,16 @@ def _bound_source(launch: Launch, backend: Any, options: dict[str, Any]) -> ASTS
     given = {name: launch.arguments[name] for name in names if name in launch.arguments}
     bound, specialization, _ = bind(**given, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return _source_type(kernel)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _source_type(kernel: JITFunction) -> type[ASTSource]:
+    """Of a kernel in Triton's own language, or in Gluon, which is loaded for its kernels alone."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _typed_source(launch: Launch) -> ASTSource:
@@ -208,7 +216,8 @@ def tensors_of(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
     """The distinct tensors among a launch's arguments, also those in tuples and behind descriptors."""
     found: dict[int, torch.Tensor] = {}
     for value in tree_leaves(list(arguments.values())):
-        value = value.base if isinstance(value, TensorDescriptor) else value
+        if not isinstance(value, torch.Tensor):
+            value = getattr(value, "base", value)  # of a descriptor, Triton's or Gluon's
         if isinstance(value, torch.Tensor):
             found.setdefault(id(value), value)
     return list(found.values())

@@ -258,6 +258,12 @@ def _main_loop(instructions: Sequence[_Instruction], tensor: Any) -> Sequence[_I
         if start is not None and start < end:
             products = sum(tensor(i.operation) is not None for i in instructions[start : end + 1])
             loops.append((start, end, products))
+    # A jump into a loop from behind it, as of a wait that is not over, closes no loop of its own.
+    loops = [
+        (start, end, products)
+        for start, end, products in loops
+        if not any(first < start <= last < end for first, last, _ in loops)
+    ]
     with_products = [loop for loop in loops if loop[2]]
     chosen = with_products or loops
     innermost = [

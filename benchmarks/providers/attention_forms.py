@@ -1,4 +1,5 @@
-"""Attention's forms that no call takes by itself: bulk loads by descriptors, specialized warps, dq by bulk reductions.
+"""Attention's forms that no call takes by itself: bulk loads by descriptors, specialized warps (the
+compiler's and Gluon's), dq by bulk reductions.
 
 They are beside the operation as it ships so that a run on a GPU can say which is the faster; see
 `fastattn.kernels._attention_forms`.
@@ -70,3 +71,4 @@ def _form(form: str) -> Provider:
 provider("attention", "fastattn-descriptors")(_form("descriptors"))
 provider("attention", "fastattn-specialized")(_form("specialized"))
 provider("attention", "fastattn-reduction")(_form("reduction"))
+provider("attention", "fastattn-warp-groups")(_form("warp_groups"))

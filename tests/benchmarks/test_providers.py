@@ -52,7 +52,7 @@ CASES = (
 GPU_ONLY = (
     *("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "flex-compile"),
     *("fastattn-triton", "fastattn-fused", "fastattn-separate"),
-    *("fastattn-descriptors", "fastattn-specialized", "fastattn-reduction"),
+    *("fastattn-descriptors", "fastattn-specialized", "fastattn-reduction", "fastattn-warp-groups"),
 )
 # Packages that are not installed here, and what is not written yet.
 ABSENT = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "liger", "quack")

@@ -253,7 +253,7 @@ def test_forms_are_a_pure_function() -> None:
         assert config.dq.form in FORMS[:2]
         for tiles in (config.forward, config.dq, config.dk_dv, config.dv or config.dk_dv):
             # The compiler divides a tile over two warp groups only if the program has one.
-            assert tiles.num_warps == (4 if tiles.form == "specialized" else 8)
+            assert tiles.num_warps == (4 if tiles.form in FORMS[2:] else 8)
     pointers = select_attention_config(64, bf16, SM_90)
     reasons = {
         (64, bf16, KNOWN_TARGETS["sm_100"], "plain"): "tiles for sm_90 alone, not for sm_100",
@@ -268,7 +268,8 @@ def test_forms_are_a_pure_function() -> None:
             assert select_attention_form(*kind, form) == select_attention_config(*kind)
     assert select_attention_form(64, bf16, SM_90) == pointers
     with pytest.raises(
-        ValueError, match="form='tma' must be one of pointers, descriptors, specialized, reduction"
+        ValueError,
+        match="form='tma' must be one of pointers, descriptors, specialized, reduction, warp_groups",
     ):
         form_reason(64, bf16, SM_90, "plain", "tma")
 
