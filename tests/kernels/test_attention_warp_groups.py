@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._arguments import LOG2_E, Rows
-from fastattn.kernels._attention_forms import form_reason, warp_groups_reason
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_forms import form_reason, select_attention_form, warp_groups_reason
 from fastattn.kernels._options import AttentionOptions
-from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS
+from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
+from fastattn.kernels.attention_forward import attention_forward
 from tests.attention_checks import AttentionCase, assert_attention_accurate
 from tests.gluon_simulator import Descriptor, Pointer, SimulationError, simulate
 
@@ -173,6 +175,18 @@ def test_a_deadlock_says_who_waits_for_what() -> None:
         SimulationError, match=r"deadlock: .*_produce#2 waits for phase 0 of allocation 5\[0\]"
     ):
         run(case, 0, change=CHANGES["slots-never-released"])
+
+
+def test_calls_that_warp_groups_do_not_serve_get_pointers(device: torch.device) -> None:
+    """With tiles for pointers, as in the interpreter; on a GPU, of rows that no descriptor can read."""
+    case = AttentionCase(1, 2, 1, 40, 45, 10, "bottom_right", dtype=BF16)
+    q, k, v, *_ = case.inputs(device).values()
+    options = AttentionOptions(0.3, right=0, bottom_right=True)
+    asked = select_attention_form(16, BF16, SM_90, "plain", "warp_groups")
+    plain = select_attention_config(16, BF16, target_of(device))
+    found = attention_forward(q, k, v, *options, config=asked)
+    expected = attention_forward(q, k, v, *options, config=plain)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_warp_groups_say_what_they_do_not_serve() -> None:
