@@ -83,6 +83,14 @@ def test_stated_error(inputs: str, implementation: str, device: torch.device) ->
         assert all(relative_error(out[..., c], truth[..., c]) < 1.5 * BOUND for c in range(v.size(-1)))
 
 
+@pytest.mark.parametrize("size, bounds", [(2, (0.08, 0.05)), (4, (0.12, 0.15)), (8, (0.16, 0.4))])
+def test_stated_error_of_larger_scores(size: int, bounds: tuple[float, float], device: torch.device) -> None:
+    """It grows with them, as the docstring says: the bound of scores of deviation 1 is theirs alone."""
+    q, k, v = operands(device, seq_k=600)
+    error, lse_error = errors((q * size, k, v), "torch")
+    assert BOUND < error < bounds[0] and lse_error < bounds[1]
+
+
 def test_naive_rounding_has_twice_the_error(device: torch.device) -> None:
     """One scale a tensor and no mean subtracted, on the same inputs: what the mean and the scales are for."""
     q, k, v = operands(device)
