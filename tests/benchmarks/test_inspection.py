@@ -73,10 +73,9 @@ def test_main_loop_is_the_innermost_and_of_equals_the_one_without_a_mask():
 
 def test_a_jump_back_into_a_loop_closes_none():
     """As the wait of a barrier is laid out: what repeats it stands behind the loop, with the products between."""
-    text = SASS.replace(
-        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT ;\n        /*0050", "NOP ;\n        /*0050"
-    )
-    text = text.replace("@P2  BRA 0x0", "@P2  BRA 0x60").replace("STL [R1], R3", "HGMMA R24, gdesc[UR4]")
+    text = SASS.replace("@P2  BRA 0x0", "@P2  BRA 0x60")
+    for other in ("UP1 UTMALDG.2D [UR8], [UR4]", "STL [R1], R3"):
+        text = text.replace(other, "HGMMA R24, gdesc[UR4]")
     loop = machine_code._main_loop(instructions_of(text), machine_code._sass_tensor)
     assert [i.operation.partition(".")[0] for i in loop] == ["HGMMA", "MUFU", "BRA"]
 
