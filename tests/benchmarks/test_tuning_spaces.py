@@ -164,6 +164,9 @@ _FIXED = {
     ),
 }
 
+# What no call launches by itself, and what reads it instead.
+_BY_NAME = {"attention_forward_warp_groups": "tests/kernels/test_attention_warp_groups_code.py"}
+
 
 def test_every_kernel_can_be_tuned_and_read():
     """Each is launched by a shipped case of the inspector, and a candidate of some key changes its launch."""
@@ -173,6 +176,7 @@ def test_every_kernel_can_be_tuned_and_read():
         for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
+    kernels -= set(_BY_NAME)
     assert kernels == {launch.name for case in shipped_cases() for launch in launches_of(case, "sm_90")}
     changed: set[str] = set()
     wide = LayerNormCase(64, 32768, dtype=BF16)
@@ -185,7 +189,7 @@ def test_every_kernel_can_be_tuned_and_read():
                 Compilation("sm_90", task.select, task.config, new, task.cases, task.key) for new in tried
             )
             changed |= distinct(jobs, 2)[1]
-    assert changed == kernels - set(_FIXED)
+    assert changed - set(_BY_NAME) == kernels - set(_FIXED)
 
 
 def test_the_programs_of_a_rotation_are_a_part_of_its_config():
