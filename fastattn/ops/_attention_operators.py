@@ -10,8 +10,11 @@ from torch import Tensor
 
 from fastattn.kernels._layout import empty_gradient, empty_out
 from fastattn.kernels._options import AttentionOptions
+from fastattn.ops._attention_call import Features, options_of
 from fastattn.ops._autograd import needs_graph, refuse_second_derivative
 from fastattn.ops._register import register
+
+Result = Tensor | tuple[Tensor, Tensor]
 
 _OPTIONS = (
     "float scale, int left=-1, int right=-1, bool bottom_right=False, float softcap=0.0, float dropout_p=0.0,"
@@ -120,3 +123,20 @@ def apply_attention(
         k, v = k.view_as(k), v.view_as(v)
         options = AttentionOptions(*map(_own_view, options))
     return AttentionFunction.apply(kind, q, k, v, *options)
+
+
+def run_attention(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> Result:
+    """A checked call by "triton" or "blockwise"."""
+    if features is not None and features.quantize is not None:
+        kind = features.quantize
+    out, lse = apply_attention(kind, q, k, v, options_of(q, k, causal, scale, features))
+    return (out, lse) if return_lse else out

@@ -1,4 +1,8 @@
-"""Softmax attention: its implementations and the public function; the operators are in `_attention_operators`."""
+"""Softmax attention: the public function and its implementations.
+
+The kernels' part is in `_attention_triton`, that of PyTorch's operators in `_attention_torch`, the operators of both in
+`_attention_operators`.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import (
-    scaled_dot_product_attention as torch_sdpa,  # bound here: F's may be replaced by ours
-)
 
-from fastattn import dispatch, reference
+from fastattn import reference
 from fastattn.dispatch import Implementation, Operation
-from fastattn.kernels._attention_config import score_load
-from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, layout_reason
-from fastattn.kernels._layout import rows_too_far
-from fastattn.kernels._target import target_of
-from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
-from fastattn.ops._attention_operators import apply_attention
-from fastattn.ops._attention_quantized import refuse_triton_quantized, run_rounded
-from fastattn.ops._autograd import needs_graph
-
-# The widest head whose forward, and whose backward, fits in registers and shared memory.
-_MAX_HEAD_DIM = 512
-_MAX_HEAD_DIM_BACKWARD = 256
-
-# Below this many scores nobody needs to ask whether PyTorch's operator would hold them all, or to fear for a mask.
-_FEW_SCORES = 1 << 16
-_SDPA_MATH = 0  # torch.nn.attention.SDPBackend.MATH, as torch._fused_sdp_choice returns it
-_SDPA_CHOOSES = ("cpu", "cuda", "xpu")  # where PyTorch has that function
-
-# The oldest NVIDIA architecture whose shared memory holds the kernels' tiles.
-_MIN_CAPABILITY = (8, 0)
-
-Result = Tensor | tuple[Tensor, Tensor]
+from fastattn.ops._attention_call import Features, check_attention, four_dimensions
+from fastattn.ops._attention_operators import Result, run_attention
+from fastattn.ops._attention_quantized import run_rounded
+from fastattn.ops._attention_torch import describe_torch, refuse_torch_attention, run_torch_attention
+from fastattn.ops._attention_triton import describe_triton, other_forms, refuse_triton_attention
 
 
 def cast_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -45,192 +29,6 @@ def cast_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, 
             f"q, k and v must have one dtype after autocast, not {q.dtype}, {k.dtype} and {v.dtype}"
         )
     return (q, k, v, *others)
-
-
-def run_attention(
-    kind: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool | str,
-    scale: float | None,
-    features: Features | None,
-    return_lse: bool,
-) -> Result:
-    """A checked call by "triton" or "blockwise"."""
-    if features is not None and features.quantize is not None:
-        kind = features.quantize
-    out, lse = apply_attention(kind, q, k, v, options_of(q, k, causal, scale, features))
-    return (out, lse) if return_lse else out
-
-
-def refuse_triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool | str = False,
-    scale: float | None = None,
-    features: Features | None = None,
-    return_lse: bool = False,
-) -> str | None:
-    reason = dispatch.refuse_triton(q, q.dtype, _MIN_CAPABILITY)
-    if reason is not None:
-        return reason
-    for name, width in (("head_dim", q.size(-1)), ("v's head_dim", v.size(-1))):
-        if width > _MAX_HEAD_DIM:
-            return f"{name}={width} is above {_MAX_HEAD_DIM}"
-        if width == 0:
-            return f"{name}=0 is below 1"
-        if width > _MAX_HEAD_DIM_BACKWARD and _records(q, k, v, features):
-            return f"{name}={width} is above {_MAX_HEAD_DIM_BACKWARD}, the most with gradients"
-    if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
-        return "Triton's interpreter multiplies bfloat16 as integers"
-    if features is not None:
-        if features.quantize is not None:
-            reason = refuse_triton_quantized(q, v)
-            if reason is not None:
-                return reason
-        for name, plane in (("bias", features.bias), ("mask", features.mask)):
-            if plane is not None and rows_too_far(plane):
-                return f"{name}'s strides {tuple(plane.stride())} are 2^22 or more"
-    return None
-
-
-def _records(q: Tensor, k: Tensor, v: Tensor, features: Features | None) -> bool:
-    """Whether the call will have a backward."""
-    if features is None:
-        return needs_graph(q, k, v)
-    return needs_graph(q, k, v, features.bias, features.sinks)
-
-
-def _blockwise_reason(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool | str,
-    scale: float | None,
-    features: Features | None,
-    return_lse: bool,
-) -> str | None:
-    """Why PyTorch's own operator does not serve this call in linear memory, or None."""
-    if return_lse:
-        return "PyTorch's operator does not return the log-sum-exp"
-    if features is not None:
-        asked = [name for name in _NEEDS_BLOCKS if getattr(features, name) is not None]
-        asked += ["dropout_p"] * bool(
-            features.dropout_p
-        )  # always, so that a seed drops the same whatever else is asked
-        if asked:
-            return f"PyTorch's operator does not take {asked[0]}"
-        if features.bias is not None and needs_graph(features.bias):
-            return "PyTorch's operator holds all scores for the gradient of a bias"
-        if features.bias is not None and features.bias.dtype not in (q.dtype, torch.float32):
-            return f"PyTorch's operator takes no bias of {features.bias.dtype} with {q.dtype}"
-        if features.bias is not None and (causal is not False or features.mask is not None):
-            return "PyTorch's operator does not take a bias with another mask"
-        if features.deterministic and q.device.type != "cpu":
-            return "PyTorch's operator is not deterministic on every device"
-    if causal is not False and scale is not None and scale <= 0:
-        return f"PyTorch's operator masks before it scales, which gives NaN with scale={scale}"
-    few = not torch.compiler.is_compiling() and q.size(2) * k.size(2) <= _FEW_SCORES
-    if _needs_mask(q, k, causal, features):
-        return None if few else "PyTorch's operator would need a mask of all scores"
-    if few:
-        return None
-    mask = None if features is None else features.bias if features.mask is None else features.mask
-    if holds_all_scores(q, k, v, mask, 0.0, causal is not False, None, q.size(1) != k.size(1)):
-        return "PyTorch's operator would hold all scores at once"
-    return None
-
-
-_NEEDS_BLOCKS = ("softcap", "alibi_slopes", "sinks", "key_lengths", "cu_seqlens_q")
-
-
-def _needs_mask(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> bool:
-    """Whether PyTorch's operator knows what a query sees only from a mask of all scores."""
-    if features is not None and (features.window is not None or (causal and features.mask is not None)):
-        return True
-    return causal == "bottom_right" and q.size(2) != k.size(2) and q.size(2) != 1
-
-
-def holds_all_scores(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    grouped: bool,
-) -> bool:
-    """Whether PyTorch's operator is known to take its path of quadratic memory, with more than a few scores."""
-    if torch.compiler.is_compiling():
-        # The compiler cannot ask; no fused path takes these on every device.
-        if dropout_p or q.size(-1) != v.size(-1) or needs_graph(mask):
-            return True
-        return not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    if q.size(-2) * k.size(-2) <= _FEW_SCORES or q.device.type not in _SDPA_CHOOSES:
-        return False
-    choice = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
-    return choice == _SDPA_MATH
-
-
-def _refuse_torch(q: Tensor, *others: Any) -> str | None:
-    """Blocks of PyTorch operators are no PyTorch operator: transforms cannot look into them."""
-    reason = dispatch.refuse_transforms()
-    if reason is None or _blockwise_reason(q, *others) is None:
-        return None
-    return reason
-
-
-def run_torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool | str,
-    scale: float | None,
-    features: Features | None,
-    return_lse: bool,
-) -> Result:
-    """A checked call by PyTorch's operator, or by blocks of operators where that does not serve it."""
-    if features is not None and features.quantize is not None:
-        return run_rounded(run_torch_attention, q, k, v, causal, scale, features, return_lse)
-    if _blockwise_reason(q, k, v, causal, scale, features, return_lse) is not None:
-        return run_attention("blockwise", q, k, v, causal, scale, features, return_lse)
-    # A single query at the bottom right sees every key.
-    is_causal = causal is not False and not (causal == "bottom_right" and q.size(2) == 1)
-    mask: Tensor | None = None
-    if features is not None:
-        mask = features.mask if features.bias is None else features.bias
-    if _needs_mask(q, k, causal, features):
-        seen = _visible_keys(q, k, causal, features)
-        mask, is_causal = seen if mask is None else mask & seen, False
-    grouped = False
-    if q.size(1) != k.size(1):  # a branch: with dynamic shapes the comparison itself is not a plain bool
-        grouped = True
-    return torch_sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
-
-
-def _visible_keys(q: Tensor, k: Tensor, causal: bool | str, features: Features | None) -> Tensor:
-    """(seq_q, seq_k), bool: what causal and window let each query see."""
-    sizes = q.size(2), k.size(2)
-    seen = reference.causal_mask(*sizes, causal, q.device) if causal else None
-    if features is not None and features.window is not None:
-        window = reference.window_mask(*sizes, features.window, causal, q.device)
-        seen = window if seen is None else seen & window
-    assert seen is not None  # asked for where one of the two is there
-    return seen
-
-
-def _describe_torch(*arguments: Any) -> str:
-    features = arguments[5]
-    if features is not None and features.quantize is not None:
-        described = _describe_torch(*arguments[:5], features._replace(quantize=None), *arguments[6:])
-        return f"{described}, of values rounded to e4m3 and back in float32: the kernels' numbers without their speed"
-    reason = _blockwise_reason(*arguments)
-    if reason is None:
-        return "torch.nn.functional.scaled_dot_product_attention"
-    return f"blocks of PyTorch operators in linear memory ({reason})"
 
 
 def _run_reference(
@@ -263,54 +61,15 @@ _REFERENCE_FEATURES = (
 )  # fmt: skip
 
 
-def _forms_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool | str,
-    scale: float | None,
-    features: Features | None,
-    return_lse: bool,
-) -> tuple[list[str], dict[str, str]]:
-    """The forms of the kernels that a call launches, and why not the others."""
-    # Without dropout, which would draw a seed.
-    drawn = features is not None and features.dropout_p
-    asked = options_of(
-        q, k, causal, scale, features._replace(dropout_p=0.0) if drawn and features else features
-    )
-    load = score_load(asked._replace(dropout_p=features.dropout_p) if drawn and features else asked)
-    target, head_dim = target_of(q.device), max(q.size(-1), v.size(-1))
-    unread = layout_reason((q, k, v), asked)
-    config = fitting_config(None, unread is None, head_dim, q.dtype, target, load)
-    taken = {"reduction" if config.reduce_dq else config.dk_dv.form, config.forward.form, config.dq.form}
-    refused = {}
-    for form in FORMS:
-        if form not in taken:
-            reason = form_reason(head_dim, q.dtype, target, load, form) or unread
-            refused[form] = reason or "no measurement on this architecture says that it is the faster"
-    return [form for form in FORMS if form in taken], refused
-
-
-def _describe_triton(*arguments: Any) -> str:
-    features = arguments[5]
-    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
-    rows = " and ".join(_forms_of(*arguments)[0])
-    return f"fused Triton kernels, memory linear in the sequence{quantized}; rows by {rows}"
-
-
-def _other_forms(*arguments: Any) -> dict[str, str]:
-    return _forms_of(*arguments)[1]
-
-
 ATTENTION_IMPLEMENTATIONS = (
     Implementation(
         "triton",
         run=lambda *arguments: run_attention("triton", *arguments),
         refuse=refuse_triton_attention,
-        describe=_describe_triton,
-        forms=_other_forms,
+        describe=describe_triton,
+        forms=other_forms,
     ),
-    Implementation("torch", run=run_torch_attention, refuse=_refuse_torch, describe=_describe_torch),
+    Implementation("torch", run=run_torch_attention, refuse=refuse_torch_attention, describe=describe_torch),
     Implementation(
         "reference",
         run=_run_reference,

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from fastattn.dispatch import Operation, checking
 from fastattn.ops._attention_call import Features, check_attention, check_cu_seqlens
-from fastattn.ops.attention import (
-    ATTENTION_IMPLEMENTATIONS,
-    cast_attention,
-    refuse_triton_attention,
-)
+from fastattn.ops._attention_triton import refuse_triton_attention
+from fastattn.ops.attention import ATTENTION_IMPLEMENTATIONS, cast_attention
 
 
 def _check_varlen(

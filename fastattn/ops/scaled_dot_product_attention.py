@@ -15,14 +15,11 @@ from torch.nn.functional import (
 from fastattn import dispatch, reference
 from fastattn.dispatch import Implementation, NotSupported, Operation
 from fastattn.ops._attention_call import Features, check_attention
+from fastattn.ops._attention_operators import run_attention
+from fastattn.ops._attention_torch import holds_all_scores, run_torch_attention
+from fastattn.ops._attention_triton import refuse_triton_attention
 from fastattn.ops._check import check_floating
-from fastattn.ops.attention import (
-    cast_attention,
-    holds_all_scores,
-    refuse_triton_attention,
-    run_attention,
-    run_torch_attention,
-)
+from fastattn.ops.attention import cast_attention
 from fastattn.ops.attention_varlen import nested_attention, refuse_nested
 
 

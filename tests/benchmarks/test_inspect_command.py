@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="there is nothing to compile with")
 
 from benchmarks.inspection import command
 from benchmarks.inspection.launches import LaunchError
-from fastattn.ops import attention
+from fastattn.ops import _attention_triton
 from tests.compiling import ROOT, run_compiling, run_inspect
 
 KERNEL = """
@@ -183,7 +183,7 @@ def test_cases_that_another_stands_for_are_left_out(options, count, monkeypatch)
 
 
 def test_the_largest_head_is_that_of_the_operation():
-    assert command._MOST_HEAD_DIM == attention._MAX_HEAD_DIM_BACKWARD
+    assert command._MOST_HEAD_DIM == _attention_triton._MAX_HEAD_DIM_BACKWARD
 
 
 @pytest.mark.parametrize(

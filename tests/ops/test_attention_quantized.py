@@ -265,7 +265,7 @@ def test_gpus_without_it_are_refused_by_name(
         patched.setattr(torch.cuda, "is_available", lambda: True)
         q = torch.empty(1, 1, 4, 64, device="cuda:0", dtype=torch.bfloat16)
         arguments = fastattn.ops.attention._pack(q, q, q, *[None] * 0, **_PLAIN)
-        assert fastattn.ops.attention.refuse_triton_attention(*arguments) == reason
+        assert fastattn.ops._attention_triton.refuse_triton_attention(*arguments) == reason
 
 
 _PLAIN: dict[str, Any] = dict(

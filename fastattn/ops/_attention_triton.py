@@ -1,0 +1,102 @@
+"""Attention by the Triton kernels: what they refuse, and which of their forms a call takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.kernels._attention_config import score_load
+from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, layout_reason
+from fastattn.kernels._layout import rows_too_far
+from fastattn.kernels._target import target_of
+from fastattn.ops._attention_call import Features, options_of
+from fastattn.ops._attention_quantized import refuse_triton_quantized
+from fastattn.ops._autograd import needs_graph
+
+# The widest head whose forward, and whose backward, fits in registers and shared memory.
+_MAX_HEAD_DIM = 512
+_MAX_HEAD_DIM_BACKWARD = 256
+
+# The oldest NVIDIA architecture whose shared memory holds the kernels' tiles.
+_MIN_CAPABILITY = (8, 0)
+
+
+def refuse_triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str = False,
+    scale: float | None = None,
+    features: Features | None = None,
+    return_lse: bool = False,
+) -> str | None:
+    reason = dispatch.refuse_triton(q, q.dtype, _MIN_CAPABILITY)
+    if reason is not None:
+        return reason
+    for name, width in (("head_dim", q.size(-1)), ("v's head_dim", v.size(-1))):
+        if width > _MAX_HEAD_DIM:
+            return f"{name}={width} is above {_MAX_HEAD_DIM}"
+        if width == 0:
+            return f"{name}=0 is below 1"
+        if width > _MAX_HEAD_DIM_BACKWARD and _records(q, k, v, features):
+            return f"{name}={width} is above {_MAX_HEAD_DIM_BACKWARD}, the most with gradients"
+    if dispatch.INTERPRETING and q.dtype == torch.bfloat16 and not dispatch.interpreter_multiplies_bfloat16:
+        return "Triton's interpreter multiplies bfloat16 as integers"
+    if features is not None:
+        if features.quantize is not None:
+            reason = refuse_triton_quantized(q, v)
+            if reason is not None:
+                return reason
+        for name, plane in (("bias", features.bias), ("mask", features.mask)):
+            if plane is not None and rows_too_far(plane):
+                return f"{name}'s strides {tuple(plane.stride())} are 2^22 or more"
+    return None
+
+
+def _records(q: Tensor, k: Tensor, v: Tensor, features: Features | None) -> bool:
+    """Whether the call will have a backward."""
+    if features is None:
+        return needs_graph(q, k, v)
+    return needs_graph(q, k, v, features.bias, features.sinks)
+
+
+def _forms_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """The forms of the kernels that a call launches, and why not the others."""
+    # Without dropout, which would draw a seed.
+    drawn = features is not None and features.dropout_p
+    asked = options_of(
+        q, k, causal, scale, features._replace(dropout_p=0.0) if drawn and features else features
+    )
+    load = score_load(asked._replace(dropout_p=features.dropout_p) if drawn and features else asked)
+    target, head_dim = target_of(q.device), max(q.size(-1), v.size(-1))
+    unread = layout_reason((q, k, v), asked)
+    config = fitting_config(None, unread is None, head_dim, q.dtype, target, load)
+    taken = {"reduction" if config.reduce_dq else config.dk_dv.form, config.forward.form, config.dq.form}
+    refused = {}
+    for form in FORMS:
+        if form not in taken:
+            reason = form_reason(head_dim, q.dtype, target, load, form) or unread
+            refused[form] = reason or "no measurement on this architecture says that it is the faster"
+    return [form for form in FORMS if form in taken], refused
+
+
+def describe_triton(*arguments: Any) -> str:
+    features = arguments[5]
+    quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
+    rows = " and ".join(_forms_of(*arguments)[0])
+    return f"fused Triton kernels, memory linear in the sequence{quantized}; rows by {rows}"
+
+
+def other_forms(*arguments: Any) -> dict[str, str]:
+    return _forms_of(*arguments)[1]
