@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, CombineTiles, heads_together
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, heads_together
+from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
 from fastattn.kernels._attention_grid import few_queries_grid
 from fastattn.kernels._config import ceil_div

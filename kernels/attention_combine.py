@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels._arguments import _in_elements, rows_of, sequences_of
-from fastattn.kernels._attention_config import CombineTiles
+from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._math import LN_2, LOG2_E
 from fastattn.kernels._options import AttentionOptions

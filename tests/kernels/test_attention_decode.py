@@ -13,13 +13,8 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
-from fastattn.kernels._attention_config import (
-    AttentionConfig,
-    AttentionTiles,
-    CombineTiles,
-    DecodeConfig,
-    select_decode_config,
-)
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
+from fastattn.kernels._attention_decode_config import CombineTiles, DecodeConfig, select_decode_config
 from fastattn.kernels._attention_grid import (
     FewQueriesGrid,
     _few_queries_grid,

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from fastattn.kernels import _config
-from fastattn.kernels._attention_config import (
-    AttentionTiles,
-    select_attention_config,
-    select_decode_config,
-)
+from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_decode_config import select_decode_config
 from fastattn.kernels._attention_forms import fitting_config, select_attention_form
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
