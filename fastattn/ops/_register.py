@@ -81,36 +81,28 @@ def _types_of(declared: str) -> frozenset[type]:
     return frozenset(types | {type(None)} if declared.startswith("Optional[") else types)
 
 
-def _ordinary_keys() -> int:
-    """The dispatch keys of dense tensors on a CPU or a GPU, as bits, with or without autograd."""
-    found = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    for name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
-        found = found | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    return found.raw_repr()
-
-
-# Of a tensor for which the dispatcher does something of its own before an operator's kernel, or instead of it: whose
-# memory holds the negative of its values (as that of `.conj().imag`), zeros without memory, batches, meta tensors.
-_UNUSUAL_KEYS = ~_ordinary_keys()
-
-
 def _are_plain(arguments: Iterable[Any], types: Iterable[frozenset[type]], records: bool) -> bool:
     """Whether no argument has its own say in an operator's call, or is changed on the way to its launcher.
 
-    Subclasses of Tensor and unusual tensors have, and where autograd `records`, tensors that require a gradient: below
-    an operator nothing is recorded. `types` are those of each argument that is no tensor.
+    Subclasses of Tensor have, and where autograd `records`, tensors that require a gradient: below an operator nothing
+    is recorded. Tensors whose memory does not hold their values are made ordinary by the dispatcher, or have another
+    kernel: the negative of what is there (as `.conj().imag` is), zeros without memory, a batch of `is_grads_batched`,
+    meta tensors. `types` are those of the arguments that are no tensors.
     """
-    for argument, known in zip(arguments, types, strict=False):  # trailing defaults may be left out
-        kind = type(argument)
-        if kind in known:
-            continue
-        if kind in _TENSORS:
-            if records and argument.requires_grad:
+    try:
+        for argument, known in zip(arguments, types, strict=False):  # trailing defaults may be left out
+            kind = type(argument)
+            if kind in known:
+                continue
+            if kind in _TENSORS:
+                if (records and argument.requires_grad) or argument.is_neg():
+                    return False
+                if argument.data_ptr() == 0 and (argument.is_meta or argument.numel() > 0):
+                    return False
+            elif kind not in (list, tuple) or not _are_plain(argument, _OF_LISTS, records):
                 return False
-            if torch._C._dispatch_keys(argument).raw_repr() & _UNUSUAL_KEYS:
-                return False
-        elif kind not in (list, tuple) or not _are_plain(argument, _OF_LISTS, records):
-            return False
+    except RuntimeError:  # of a tensor without memory to ask for
+        return False
     return True
 
 
