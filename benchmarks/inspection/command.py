@@ -16,18 +16,15 @@ from rich.table import Table
 from benchmarks.cases import DTYPES, AttentionCase, OpCase
 from benchmarks.cases.attention_options import split_options
 from benchmarks.inspection import compare
+from benchmarks.inspection.cases import DEFAULT_ARCHS, is_telling, launches_of, shipped_cases
 from benchmarks.inspection.launches import LaunchError, user_launch
 from benchmarks.inspection.rows import (
-    DEFAULT_ARCHS,
     Compiled,
     InspectionRow,
     compile_case,
     compile_row,
     failures,
-    is_telling,
-    launches_of,
     read_rows,
-    shipped_cases,
 )
 from benchmarks.measure import first_line
 from fastattn.kernels._target import KNOWN_TARGETS

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import BiasGeluCase, GeluCase, LayerNormCase, LossCase, OpCase, RMSNormCase
 from benchmarks.inspection import launches_of
-from benchmarks.inspection.rows import LAUNCHED
+from benchmarks.inspection.cases import LAUNCHED
 from benchmarks.suites import SUITES
 from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import FORMS, SHIPPED_FORM, form_reason, select_attention_form

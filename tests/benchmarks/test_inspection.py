@@ -18,10 +18,10 @@ from benchmarks.inspection.bounds import (
     programs_per_multiprocessor,
     tile_of,
 )
+from benchmarks.inspection.cases import DEFAULT_ARCHS, is_telling, shipped_cases
 from benchmarks.inspection.in_flight import bytes_in_flight
 from benchmarks.inspection.launches import Launch
 from benchmarks.inspection.machine_code import MachineCode
-from benchmarks.inspection.rows import DEFAULT_ARCHS, is_telling, shipped_cases
 from tests.compiling import run_compiling
 
 # A loop in a loop, the inner one twice: without and with a mask. Then the padding behind the last instruction.

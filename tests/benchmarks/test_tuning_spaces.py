@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
 from benchmarks.cases import AttentionCase, LayerNormCase, RotaryCase
-from benchmarks.inspection.rows import launches_of, shipped_cases
+from benchmarks.inspection.cases import launches_of, shipped_cases
 from benchmarks.tuning import spaces
 from benchmarks.tuning.compiling import Compilation, distinct
 from benchmarks.tuning.plan import plan, tuning_cases

@@ -15,7 +15,8 @@ import json, sys
 from dataclasses import asdict
 import torch
 from benchmarks.cases import AttentionCase
-from benchmarks.inspection.rows import compile_row, failures, launches_of, read_rows
+from benchmarks.inspection.cases import launches_of
+from benchmarks.inspection.rows import compile_row, failures, read_rows
 found = []
 for form, head_dim, kernels in json.loads(sys.argv[1]):
     case = AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal="top_left", dtype=torch.bfloat16)

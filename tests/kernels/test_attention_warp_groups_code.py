@@ -16,7 +16,8 @@ from dataclasses import asdict
 import torch
 from benchmarks.cases import AttentionCase
 from benchmarks.inspection.machine_code import _disassemble, _main_loop, _sass_tensor
-from benchmarks.inspection.rows import compile_row, failures, launches_of, read_rows
+from benchmarks.inspection.cases import launches_of
+from benchmarks.inspection.rows import compile_row, failures, read_rows
 found = []
 for head_dim, causal, dtype in ((64, "top_left", "float16"), (128, "top_left", "bfloat16"), (256, False, "bfloat16")):
     case = AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=getattr(torch, dtype))

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import AttentionCase
 from benchmarks.inspection import launches_of, shipped_cases
-from benchmarks.inspection.rows import is_telling
+from benchmarks.inspection.cases import is_telling
 from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
 from fastattn.kernels._target import KNOWN_TARGETS
 
