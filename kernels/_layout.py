@@ -36,7 +36,7 @@ def empty_gradient(tensor: Tensor) -> Tensor:
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
     """An uninitialized output: q's shape but v's width, with the order of q's dimensions in memory."""
-    if q.size(3) == v.size(3):
+    if q.shape[3] == v.shape[3]:
         return empty_rows(q)
     batch, heads, seq, _ = q.shape
     # (batch, seq, heads, width) in memory, as a projection leaves it, or (batch, heads, seq, width).

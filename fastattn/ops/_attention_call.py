@@ -48,15 +48,16 @@ def check_attention(
 ) -> None:
     """Raises TypeError, ValueError or NotSupported for arguments that no implementation takes."""
     # Asked in one expression first, because a call by keyword for each check costs a microsecond of host time.
-    if not (
+    usual = (
         isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-        and q.is_floating_point() and k.is_floating_point() and v.is_floating_point()
-    ):  # fmt: skip
+        and q.is_floating_point() and q.dtype == k.dtype == v.dtype
+    )  # fmt: skip
+    if not usual:
         check_floating("q", "k", "v", q=q, k=k, v=v)
     check_attention_shapes(q, k, v, packed=features is not None and features.cu_seqlens_q is not None)
     if not q.device == k.device == v.device:
         check_same_device("q", q, k=k, v=v)
-    if not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
+    if not usual and not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if scale is not None:
         _check_scale(scale)

@@ -41,7 +41,7 @@ def check_quantized(q: Tensor, k: Tensor, v: Tensor, features: Any) -> None:
 
 def refuse_triton_quantized(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take e4m3 operands of these tensors, which they could take as they are; or None."""
-    for name, width in (("head_dim", q.size(-1)), ("v's head_dim", v.size(-1))):
+    for name, width in (("head_dim", q.shape[-1]), ("v's head_dim", v.shape[-1])):
         if width > _MAX_HEAD_DIM:
             return f"{name}={width} is above {_MAX_HEAD_DIM}, the most with quantize='e4m3'"
     if not q.is_cuda:

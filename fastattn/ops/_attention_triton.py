@@ -36,7 +36,7 @@ def refuse_triton_attention(
     reason = dispatch.refuse_triton(q, q.dtype, _MIN_CAPABILITY)
     if reason is not None:
         return reason
-    for name, width in (("head_dim", q.size(-1)), ("v's head_dim", v.size(-1))):
+    for name, width in (("head_dim", q.shape[-1]), ("v's head_dim", v.shape[-1])):
         if width > _MAX_HEAD_DIM:
             return f"{name}={width} is above {_MAX_HEAD_DIM}"
         if width == 0:
