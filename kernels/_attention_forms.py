@@ -4,7 +4,8 @@ and whether dq is added up by atomics.
 "pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
 tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
 compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "warp_groups" does
-the same by hand, for the forward, in Gluon, so that a group's softmax runs beside its own next product. "reduction" is
+the same by hand, in Gluon, for the forward and, to a head_dim of 64, for dk and dv, so that a group's exponentials run
+beside its own next product. "reduction" is
 "descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the same bits on every run. A
 call that asks for these has the kernels of "descriptors" instead.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target
 
@@ -75,7 +77,9 @@ _FORMS["reduction", 128] = replace(
     reduce_dq=True,
 )
 _FORMS["warp_groups", 64] = replace(
-    _FORMS["descriptors", 64], forward=AttentionTiles(128, 128, 4, 4, "warp_groups")
+    _FORMS["descriptors", 64],
+    forward=AttentionTiles(128, 128, 4, 4, "warp_groups"),
+    dk_dv=AttentionTiles(128, 128, 4, 2, "warp_groups"),
 )
 _FORMS["warp_groups", 128] = replace(
     _FORMS["descriptors", 128], forward=AttentionTiles(128, 128, 4, 2, "warp_groups")
@@ -132,6 +136,7 @@ def form_reason(head_dim: int, dtype: torch.dtype, target: Target, load: str, fo
 def _gluon_reason() -> str | None:
     """Why the kernel in Gluon, which Triton calls experimental and may change, cannot be had, or None."""
     try:
+        import fastattn.kernels.attention_backward_dk_dv_warp_groups
         import fastattn.kernels.attention_forward_warp_groups  # noqa: F401
     except (ImportError, AttributeError, TypeError) as error:
         return f"warp_groups needs Triton's Gluon as of 3.6 to 3.9: {type(error).__name__}: {error}"
@@ -147,6 +152,20 @@ def warp_groups_reason(q: Tensor, target: Target, asked: AttentionOptions) -> st
             f"scale={asked.scale} must be above 0 for warp_groups, whose largest product is the largest score"
         )
     return layout_reason((q,), asked) or _gluon_reason()
+
+
+def dk_dv_warp_groups_reason(
+    lse: Tensor, block_m: int, target: Target, asked: AttentionOptions
+) -> str | None:
+    """Why dk and dv by warp groups cannot serve a call that descriptors of q and dO can, or None."""
+    if (target.backend, target.arch) != ("cuda", 90):
+        return f"warp_groups is written for sm_90, not for {target.name}"
+    rows = lse.shape[0] * lse.shape[1] * ceil_div(lse.shape[2], block_m) * block_m
+    if 2 * rows >= 2**31:
+        return (
+            f"2 * {rows} rows of all heads must be below 2**31 for warp_groups, whose descriptor counts them"
+        )
+    return _gluon_reason()
 
 
 def layout_reason(tensors: Sequence[Tensor], asked: AttentionOptions) -> str | None:

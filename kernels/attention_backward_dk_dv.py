@@ -265,6 +265,11 @@ def launch_dk_dv(
 ) -> None:
     """Fills dk and dv, each unless it is None; with dk also adds dq, not scaled, to `dq_sum` (float32), if given."""
     tiles, grid, constants = launch
+    if tiles.form == "warp_groups":
+        from fastattn.kernels.attention_backward_dk_dv_warp_groups import launch_dk_dv_warp_groups
+
+        launch_dk_dv_warp_groups(dk, dv, dout, q, k, v, lse, delta, asked, launch)
+        return
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv

@@ -7,23 +7,15 @@ either. Gluon says where a product is waited for, which Triton's own language do
 themselves: to have them take turns, as the paper does, needs barriers among some of a program's warps, and Gluon has
 none.
 
-A ring is (slots, full, free), the latter two a barrier a slot: "full" completes when the slot's bytes have arrived,
-"free" when every group has read them. The n-th use of a slot waits for phase n of "full", and to be filled for the
-phase before of "free"; of a phase the barrier keeps whether it is odd.
-
 Imported by a launch of this form alone: Gluon is experimental, and no other kernel needs it.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import LOG2_E as _LOG2_E
@@ -32,41 +24,20 @@ from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._math import LN_2, LOG2_E
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _key_schedule, _key_window, _split_program
-
-_ROWS = gl.constexpr(64)  # of a warp group: 16 of each of its four warps
-# Of a thread that computes and of one that loads. Two groups of the one and one of the other have 65,536 and no more.
-_REGISTERS = gl.constexpr(240)
-_FEW_REGISTERS = gl.constexpr(24)
-# Triton 3.9 has a new name for it.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _load(source, batch, head, first, ring, step):
-    """Starts the copy of a tile into its slot as soon as that is free, as it is at first."""
-    slots, full, free = ring
-    STAGES: gl.constexpr = slots.shape[0]
-    slot = step % STAGES
-    mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), source.block_type.nbytes)
-    _copy(source, [batch, head, first, 0], full.index(slot), slots.index(slot))
-
-
-@gluon.jit
-def _arrived(ring, step):
-    """A tile (rows, width) in its slot, as soon as it is there."""
-    slots, full, _free = ring
-    STAGES: gl.constexpr = slots.shape[0]
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-    return slots.index(step % STAGES).reshape([slots.shape[3], slots.shape[4]])
-
-
-@gluon.jit
-def _release(ring, step):
-    """This group has read a tile."""
-    slots, _full, free = ring
-    STAGES: gl.constexpr = slots.shape[0]
-    mbarrier.arrive(free.index(step % STAGES), count=1)
+from fastattn.kernels._warp_groups import (
+    _FEW_REGISTERS,
+    _REGISTERS,
+    _ROWS,
+    _arrived,
+    _barriers,
+    _copy,
+    _load,
+    _release,
+    _slots,
+    _store_rows_of_group,
+    described_rows,
+    width_of,
+)
 
 
 @gluon.jit
@@ -218,29 +189,10 @@ def _store(
     factor = gl.convert_layout(gl.where(unseen, 0.0, 1.0 / row_sum), gl.SliceLayout(1, OUT))
     factor = gl.expand_dims(factor, 1)
     result = gl.where(factor == 0.0, 0.0, accumulator * factor)
-    rows = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, OUT))
-    columns = gl.expand_dims(gl.arange(0, accumulator.shape[1], layout=gl.SliceLayout(0, OUT)), 0)
-    corner = (
-        out.ptr + batch * out.stride_b + head * out.stride_h + gl.cast(first_row, gl.int64) * out.stride_m
-    )
-    inside = gl.expand_dims(first_row + rows < SEQ_Q, 1) & (columns < V_DIM)
-    gl.store(corner + (gl.expand_dims(rows * out.stride_m, 1) + columns), result.to(dtype), mask=inside)
+    _store_rows_of_group(out, result, batch, head, first_row, SEQ_Q, V_DIM, dtype)
     rows = first_row + gl.arange(0, _ROWS, layout=row_sum.type.layout)
     lse = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
     gl.store(lse_ptr + (batch * HEADS + head) * SEQ_Q + rows, lse, mask=rows < SEQ_Q)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(index), count=ARRIVALS)
-    return barriers
-
-
-@gluon.jit
-def _slots(source, COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(source.dtype, [COUNT] + source.block_type.shape, source.layout)  # noqa: RUF005
 
 
 @gluon.jit(do_not_specialize=["HEADS", "SEQ_Q", "SEQ_K", "RIGHT", "HEADS_TOGETHER", "HEADS_ABSENT"])
@@ -321,13 +273,13 @@ def launch_warp_groups(
     launch: AttentionLaunch,
 ) -> None:
     """Fills out and lse, where `fastattn.kernels._attention_forms` has no reason against it."""
-    width_q, width_v = _width(q.size(3)), _width(v.size(3))
+    width_q, width_v = width_of(q.size(3)), width_of(v.size(3))
     rows = launch.tiles.block_n
     with _target.launching_on(q):
         _attention_forward_warp_groups_kernel[launch.grid](
-            q=_descriptor(q, _ROWS.value, width_q),
-            k=_descriptor(k, rows, width_q),
-            v=_descriptor(v, rows, width_v),
+            q=described_rows(q, _ROWS.value, width_q),
+            k=described_rows(k, rows, width_q),
+            v=described_rows(v, rows, width_v),
             out=Rows(out, *out.stride()[:3]),
             lse_ptr=lse,
             sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
@@ -338,23 +290,3 @@ def launch_warp_groups(
             HEADS_ABSENT=launch.constants["HEADS_ABSENT"] or 0,
             **{name: launch.constants[name] for name in _CONSTANTS},
         )
-
-
-def _width(head_dim: int) -> int:
-    """Columns of a tile: a power of two, of at least the 128 bytes that a bulk copy spreads over the banks."""
-    return max(64, 1 << (head_dim - 1).bit_length())
-
-
-def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
-    # A dimension of size 1 may have any stride, which a descriptor would refuse; 16 elements are 16 bytes or more.
-    strides = [
-        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
-    layout = _shared_layout(rows, width, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width], layout)
-
-
-@cache
-def _shared_layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], element)

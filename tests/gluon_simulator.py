@@ -208,6 +208,12 @@ class SlotView:
 
     def __init__(self, slot: Slot, view: Callable[[Tensor], Tensor]) -> None:
         self.slot, self.view = slot, view
+        self.shape, self.dtype = view(slot.data).shape, slot.data.dtype
+
+    def load(self, layout: Any) -> Value:
+        if self.slot.filling or not self.slot.filled:
+            raise SimulationError(f"{self.slot.name} is read before its copy is there")
+        return _value(self.view(self.slot.data).clone())
 
     def reshape(self, shape: Sequence[int]) -> SlotView:
         return SlotView(self.slot, lambda data: self.view(data).reshape(shape))
@@ -448,17 +454,18 @@ def simulate(
     Raises:
         SimulationError: a race, a deadlock, or memory that is not the kernel's.
     """
-    module = inspect.getmodule(kernel.fn)
-    functions = {name: value for name, value in vars(module).items() if callable(getattr(value, "fn", None))}
+    names = vars(inspect.getmodule(kernel.fn))
+    # With what its helpers find in their own modules.
+    for function in [value for value in names.values() if callable(getattr(value, "fn", None))]:
+        names = {**vars(inspect.getmodule(function.fn)), **names}
+    functions = {name: value for name, value in names.items() if callable(getattr(value, "fn", None))}
     sources = {name: _source(function.fn) for name, function in functions.items()}
     if change is not None:
         old, new = change
         if sum(source.count(old) for source in sources.values()) == 0:
             raise ValueError(f"there is no {old!r} to change")
         sources = {name: source.replace(old, new) for name, source in sources.items()}
-    constants = {
-        name: value.value for name, value in vars(module).items() if type(value).__name__ == "constexpr"
-    }
+    constants = {name: value.value for name, value in names.items() if type(value).__name__ == "constexpr"}
     for program in range(grid):
         schedule = Schedule(seed * grid + program)
         language = _Language(schedule, program)

@@ -170,12 +170,13 @@ _PRODUCTS_OF_A_SCORE = {
     "attention_forward_warp_groups": 2,
     "attention_dq": 3,
     "attention_dk_dv": 4,
+    "attention_dk_dv_warp_groups": 4,
 }
 
 
 def _products(launch: Launch) -> int:
     """Matrix products in which each score takes part: q k^T, dO v^T and one for each gradient."""
-    if launch.name != "attention_dk_dv":
+    if not launch.name.startswith("attention_dk_dv"):
         return _PRODUCTS_OF_A_SCORE[launch.name]
     needs_dk, needs_dv = launch.arguments["NEEDS_DK"], launch.arguments["NEEDS_DV"]
     return 1 + 2 * needs_dk + needs_dv

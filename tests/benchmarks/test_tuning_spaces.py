@@ -165,7 +165,11 @@ _FIXED = {
 }
 
 # What no call launches by itself, and what reads it instead.
-_BY_NAME = {"attention_forward_warp_groups": "tests/kernels/test_attention_warp_groups_code.py"}
+_BY_NAME = {
+    "attention_forward_warp_groups": "tests/kernels/test_attention_warp_groups_code.py",
+    "attention_dk_dv_warp_groups": "tests/kernels/test_attention_backward_warp_groups_code.py",
+    "attention_statistics": "tests/kernels/test_attention_backward_warp_groups_code.py",
+}
 
 
 def test_every_kernel_can_be_tuned_and_read():

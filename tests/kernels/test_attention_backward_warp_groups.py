@@ -1,0 +1,196 @@
+"""dk and dv by warp groups (sm_90, Gluon), simulated: right, without races and deadlocks, under many schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn.kernels._arguments import Rows
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_forms import dk_dv_warp_groups_reason, form_reason, select_attention_form
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
+from fastattn.kernels.attention_backward import attention_backward
+from fastattn.kernels.attention_forward import attention_forward
+from tests.attention_checks import AttentionCase, assert_attention_accurate, naive_results
+from tests.gluon_simulator import Descriptor, Pointer, SimulationError, simulate
+
+SM_90 = KNOWN_TARGETS["sm_90"]
+BF16 = torch.bfloat16
+_REASON = form_reason(64, BF16, SM_90, "plain", "warp_groups")
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+def run(
+    case: AttentionCase,
+    seed: int,
+    stages: int = 2,
+    together: int = 1,
+    needs: tuple[bool, bool] = (True, True),
+    change: tuple[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """dk and dv by tiles of 32 queries, from inputs and into outputs that lie among NaN."""
+    from fastattn.kernels.attention_backward_dk_dv_warp_groups import (
+        _attention_dk_dv_warp_groups_kernel,
+        _attention_statistics_kernel,
+    )
+
+    inputs = case.inputs(torch.device("cpu"))
+    q, k, v, dout = (_among_nan(inputs[name]) for name in ("q", "k", "v", "dout"))
+    dk, dv = (_among_nan(torch.full_like(k, math.nan)) for _ in range(2))
+    forward = naive_results(case, inputs, torch.float32)
+    lse = forward["lse"].float()
+    delta = (forward["out"].double() * dout.double()).sum(-1).float() - inputs["dlse"].float()
+    delta = delta.masked_fill(lse == -math.inf, 0.0)
+    padded = -(-case.seq_q // 32) * 32
+    count = case.batch * case.heads * padded
+    found = torch.full((2, count), math.nan)
+    _attention_statistics_kernel[(-(-count // 64),)](
+        lse_ptr=lse, delta_ptr=delta, found_ptr=found, SEQ_Q=case.seq_q, PADDED=padded, COUNT=count, BLOCK=64
+    )
+    simulate(
+        _attention_dk_dv_warp_groups_kernel,
+        -(-case.seq_k // 128) * case.kv_heads * case.batch,
+        seed,
+        change,
+        q=Descriptor(q, [1, 1, 32, 16]),
+        k=Descriptor(k, [1, 1, 64, 16]),
+        v=Descriptor(v, [1, 1, 64, 16]),
+        dout=Descriptor(dout, [1, 1, 32, 16]),
+        statistics=Descriptor(found.view(-1), [32]),
+        dk=Rows(Pointer.to(dk), *dk.stride()[:3]),
+        dv=Rows(Pointer.to(dv), *dv.stride()[:3]),
+        scale=1.0 / math.sqrt(case.head_dim),
+        KV_HEADS=case.kv_heads,
+        GROUPS=case.heads // case.kv_heads,
+        SEQ_Q=case.seq_q,
+        SEQ_K=case.seq_k,
+        PADDED=padded,
+        ROWS=count,
+        RIGHT=0 if case.causal else -1,
+        HEADS_TOGETHER=together,
+        HEADS_ABSENT=-case.kv_heads * case.batch % together,
+        HAS_RIGHT=bool(case.causal),
+        BOTTOM_RIGHT=case.causal == "bottom_right",
+        NEEDS_DK=needs[0],
+        NEEDS_DV=needs[1],
+        HEAD_DIM=case.head_dim,
+        V_DIM=case.head_dim,
+        BLOCK_M=32,
+        BLOCK_N=128,
+        STAGES=stages,
+    )
+    for tensor, needed in zip((dk, dv), needs, strict=True):
+        memory = tensor._base
+        assert memory is not None and memory.isfinite().sum() == tensor.numel() * needed
+    # With lse, whose gradient delta holds, the truth holds it too.
+    return {"lse": lse} | ({"dk": dk} if needs[0] else {}) | ({"dv": dv} if needs[1] else {})
+
+
+def _among_nan(tensor: Tensor) -> Tensor:
+    batch, heads, seq, width = tensor.shape
+    memory = tensor.new_full((batch, seq + 70, heads + 1, width + 8), math.nan)
+    return memory[:, :seq, :heads, :width].transpose(1, 2).copy_(tensor)
+
+
+CASES = [
+    # Grouped heads, two blocks of keys, a width that is no power of two, rows and keys that end within tiles.
+    AttentionCase(1, 4, 2, 70, 150, 12, False, dtype=BF16),
+    AttentionCase(2, 2, 1, 150, 140, 16, "top_left", dtype=BF16),
+    # The first 61 rows see no key.
+    AttentionCase(1, 2, 1, 150, 89, 16, "bottom_right", dtype=torch.float16),
+    # No query sees the last keys: of a whole block, and of a group.
+    AttentionCase(1, 2, 1, 40, 200, 16, "top_left", dtype=BF16),
+    AttentionCase(1, 1, 1, 130, 256, 16, "bottom_right", dtype=BF16),
+    AttentionCase(1, 2, 2, 1, 33, 16, "bottom_right", dtype=BF16),
+    AttentionCase(1, 1, 1, 65, 1, 16, "top_left", dtype=BF16),
+]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_warp_groups_are_right_under_any_schedule(case: AttentionCase, stages: int) -> None:
+    """To the bit the same: what a group computes does not depend on who was first."""
+    together = 1 if stages == 2 else 3
+    first = run(case, 0, stages, together)
+    assert_attention_accurate(case, case.inputs(torch.device("cpu")), first)
+    for seed in range(1, 4):
+        again = run(case, seed, stages, together)
+        assert all(torch.equal(one, again[name]) for name, one in first.items())
+
+
+def test_a_gradient_alone_is_the_same() -> None:
+    case = CASES[1]
+    both = run(case, 0)
+    for needs in ((True, False), (False, True)):
+        for name, alone in run(case, 1, needs=needs).items():
+            assert torch.equal(alone, both[name])
+
+
+# Text of the kernel, and what in its place is to fail.
+CHANGES = {
+    "no-wait-for-a-free-slot": ("    mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)", "    pass"),
+    "free-in-the-other-phase": ("((step // STAGES) & 1) ^ 1", "(step // STAGES) & 1"),
+    "no-wait-for-a-full-slot": ("mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)", "pass"),
+    "full-always-in-the-first-phase": ("(step % STAGES), (step // STAGES) & 1)", "(step % STAGES), 0)"),
+    "no-wait-for-the-keys": ("mbarrier.wait(arrived.index(GROUP), 0)", "pass"),
+    "bytes-of-one-statistic-expected": ("2 * statistics.block_type", "1 * statistics.block_type"),
+    "weights-read-before-their-product": ("warpgroup_mma_wait(1 if NEEDS_DK", "warpgroup_mma_wait(2 if NEEDS_DK"),
+    "gradients-read-before-their-product": ("wait(1 if NEEDS_DV", "wait(2 if NEEDS_DV"),
+    "queries-released-while-they-are-read": (
+        "    if NEEDS_DK and NEEDS_DV:",
+        "    _release(queries, step)\n    if NEEDS_DK and NEEDS_DV:",
+    ),
+    "slots-never-released": ("mbarrier.arrive(free.index(step % STAGES), count=1)", "pass"),
+    "one-arrival-frees-a-slot": ("_barriers(STAGES, CONSUMERS)", "_barriers(STAGES, 1)"),
+    "tiles-skipped-and-not-released": (
+        "            _await(queries, step)\n            _release(queries, step)",
+        "            pass",
+    ),
+    "a-masked-tile-too-few": ("range(first + full, first + lap)", "range(first + full - 1, first + lap)"),
+    "statistics-of-another-head": ("(batch * heads + head) * PADDED", "(batch * heads + kv_head) * PADDED"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_simulation_finds_what_is_wrong(name: str) -> None:
+    """Each barrier, wait and release is there for something: without it some schedule fails."""
+    case = AttentionCase(1, 2, 1, 160, 128, 16, "top_left", dtype=BF16)
+    if name == next(iter(CHANGES)):  # as it is, nothing fails
+        assert_attention_accurate(case, case.inputs(torch.device("cpu")), run(case, 0))
+    for seed in range(16):
+        try:
+            found = run(case, seed, change=CHANGES[name])
+            assert_attention_accurate(case, case.inputs(torch.device("cpu")), found)
+        except (SimulationError, AssertionError):
+            return
+    pytest.fail("no schedule showed it")
+
+
+def test_calls_that_warp_groups_do_not_serve_get_pointers(device: torch.device) -> None:
+    """With tiles for pointers, as in the interpreter; on a GPU, of rows that no descriptor can read."""
+    case = AttentionCase(1, 2, 1, 40, 45, 10, "bottom_right", dtype=BF16)
+    q, k, v, dout, dlse = case.inputs(device).values()
+    options = AttentionOptions(0.3, right=0, bottom_right=True)
+    out, lse = attention_forward(q, k, v, *options)
+    needs = (True, True, True, False, False)
+    configs = (
+        select_attention_form(16, BF16, SM_90, "plain", "warp_groups"),
+        select_attention_config(16, BF16, target_of(device)),
+    )
+    found, expected = (
+        attention_backward(dout, dlse, q, k, v, out, lse, needs, *options, config=config)
+        for config in configs
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_dk_dv_warp_groups_say_what_they_do_not_serve() -> None:
+    lse, options = torch.zeros(1, 1, 8), AttentionOptions(0.25)
+    assert dk_dv_warp_groups_reason(lse, 128, SM_90, options) is None
+    assert "sm_90, not for interpreter" in str(dk_dv_warp_groups_reason(lse, 128, INTERPRETER, options))
+    many = lse.expand(1 << 20, 16, 8)
+    assert "must be below 2**31" in str(dk_dv_warp_groups_reason(many, 128, SM_90, options))
