@@ -154,9 +154,7 @@ def warp_groups_reason(q: Tensor, target: Target, asked: AttentionOptions) -> st
     return layout_reason((q,), asked) or _gluon_reason()
 
 
-def dk_dv_warp_groups_reason(
-    lse: Tensor, block_m: int, target: Target, asked: AttentionOptions
-) -> str | None:
+def dk_dv_warp_groups_reason(lse: Tensor, block_m: int, target: Target) -> str | None:
     """Why dk and dv by warp groups cannot serve a call that descriptors of q and dO can, or None."""
     if (target.backend, target.arch) != ("cuda", 90):
         return f"warp_groups is written for sm_90, not for {target.name}"

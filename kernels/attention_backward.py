@@ -120,7 +120,7 @@ def attention_backward(
     lse = lse.contiguous()
     if plan.dk_dv.tiles.form == "warp_groups":
         rows, target = plan.dk_dv.tiles.block_m, _target.target_of(q.device)
-        if dk_dv_warp_groups_reason(lse, rows, target, asked) is not None:
+        if dk_dv_warp_groups_reason(lse, rows, target) is not None:
             plan = backward_plan(*layout, described=False)
     dq_sum = _zeros_like_rows(q) if _adds_up_dq(needs, asked, plan.reduce_dq) else None
     with _target.launching_on(q):

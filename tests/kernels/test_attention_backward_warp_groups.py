@@ -189,8 +189,8 @@ def test_calls_that_warp_groups_do_not_serve_get_pointers(device: torch.device) 
 
 
 def test_dk_dv_warp_groups_say_what_they_do_not_serve() -> None:
-    lse, options = torch.zeros(1, 1, 8), AttentionOptions(0.25)
-    assert dk_dv_warp_groups_reason(lse, 128, SM_90, options) is None
-    assert "sm_90, not for interpreter" in str(dk_dv_warp_groups_reason(lse, 128, INTERPRETER, options))
+    lse = torch.zeros(1, 1, 8)
+    assert dk_dv_warp_groups_reason(lse, 128, SM_90) is None
+    assert "sm_90, not for interpreter" in str(dk_dv_warp_groups_reason(lse, 128, INTERPRETER))
     many = lse.expand(1 << 20, 16, 8)
-    assert "must be below 2**31" in str(dk_dv_warp_groups_reason(many, 128, SM_90, options))
+    assert "must be below 2**31" in str(dk_dv_warp_groups_reason(many, 128, SM_90))
