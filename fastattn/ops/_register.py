@@ -7,7 +7,7 @@ support for opcheck, torch.compile, export and selective checkpointing. Autograd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import repeat
 from typing import Any
@@ -38,12 +38,12 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
     _LIBRARY.impl(name, lambda *arguments: LAUNCHERS[name](*arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.fastattn, name).default
-    types = [_types_of(str(argument.real_type)) for argument in operator._schema.arguments]
+    places = _Places([_types_of(str(argument.real_type)) for argument in operator._schema.arguments])
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched():
             return operator(*arguments)
-        if not _are_plain(arguments, types, torch.is_grad_enabled()):
+        if not _are_plain(arguments, places, torch.is_grad_enabled()):
             return operator(*arguments)
         return LAUNCHERS[name](*arguments)
 
@@ -66,42 +66,62 @@ def _is_watched() -> bool:
     )
 
 
-_TENSORS = (Tensor, Parameter)
+_TENSORS = frozenset((Tensor, Parameter))
+_LISTS = frozenset((list, tuple))
 _VALUES = {
     "int": int, "SymInt": int, "float": float, "bool": bool, "str": str, "ScalarType": torch.dtype
 }  # fmt: skip
-# Of what a list holds beside tensors.
-_OF_LISTS = repeat(frozenset((type(None), bool)))
 
 
 def _types_of(declared: str) -> frozenset[type]:
-    """The types of an argument, if no tensor, that the dispatcher hands on unchanged: it makes a float of an int."""
+    """The types of an argument that the dispatcher hands on unchanged: it makes a float of an int."""
     name = declared.removeprefix("Optional[").removesuffix("]")
-    types = {_VALUES[name]} if name in _VALUES else set()
+    types = _TENSORS if name == "Tensor" else _LISTS if name.startswith("List[") else {_VALUES[name]}
     return frozenset(types | {type(None)} if declared.startswith("Optional[") else types)
 
 
-def _are_plain(arguments: Iterable[Any], types: Iterable[frozenset[type]], records: bool) -> bool:
+class _Places(dict[tuple[type, ...], "tuple[int, ...]"]):
+    """Of the types of a call's arguments, all of them among those given: which are tensors and lists.
+
+    Kept, so that the other arguments of a call, the most, cost it one look-up. A KeyError where another type is.
+    """
+
+    def __init__(self, types: Iterable[frozenset[type]]) -> None:
+        super().__init__()
+        self.types = types
+
+    def __missing__(self, kinds: tuple[type, ...]) -> tuple[int, ...]:
+        for kind, known in zip(kinds, self.types, strict=False):  # trailing defaults may be left out
+            if kind not in known:
+                raise KeyError(kind)
+        found = tuple(place for place, kind in enumerate(kinds) if kind in _TENSORS or kind in _LISTS)
+        self[kinds] = found
+        return found
+
+
+_OF_LISTS = _Places(repeat(frozenset((type(None), bool, *_TENSORS))))
+
+
+def _are_plain(arguments: Sequence[Any], places: _Places, records: bool) -> bool:
     """Whether no argument has its own say in an operator's call, or is changed on the way to its launcher.
 
     Subclasses of Tensor have, and where autograd `records`, tensors that require a gradient: below an operator nothing
     is recorded. Tensors whose memory does not hold their values are made ordinary by the dispatcher, or have another
     kernel: the negative of what is there (as `.conj().imag` is), zeros without memory, a batch of `is_grads_batched`,
-    meta tensors. `types` are those of the arguments that are no tensors.
+    meta tensors.
     """
     try:
-        for argument, known in zip(arguments, types, strict=False):  # trailing defaults may be left out
-            kind = type(argument)
-            if kind in known:
+        for place in places[tuple(map(type, arguments))]:
+            argument = arguments[place]
+            if type(argument) in _LISTS:
+                if not _are_plain(argument, _OF_LISTS, records):
+                    return False
                 continue
-            if kind in _TENSORS:
-                if (records and argument.requires_grad) or argument.is_neg():
-                    return False
-                if argument.data_ptr() == 0 and (argument.is_meta or argument.numel() > 0):
-                    return False
-            elif kind not in (list, tuple) or not _are_plain(argument, _OF_LISTS, records):
+            if (records and argument.requires_grad) or argument.is_neg():
                 return False
-    except RuntimeError:  # of a tensor without memory to ask for
+            if argument.data_ptr() == 0 and (argument.is_meta or argument.numel() > 0):
+                return False
+    except (KeyError, RuntimeError):  # another type, or a tensor without memory to ask for
         return False
     return True
 

@@ -136,11 +136,11 @@ def test_a_call_that_is_watched_goes_through_the_dispatcher(
 def test_what_autograd_would_record_goes_through_the_dispatcher(device: torch.device) -> None:
     """A backward under create_graph: what a launcher does by PyTorch's operators must not become part of a graph."""
     x = make_tensor(3, requires_grad=True, device=device)
-    types = [_register._types_of(declared) for declared in ("Tensor", "Optional[float]", "List[Tensor]")]
-    assert _register._are_plain((x, None, [x]), types, records=False)
-    assert not _register._are_plain((x, None), types, records=True)
-    assert not _register._are_plain((x.detach(), None, [x]), types, records=True)
-    assert _register._are_plain((x.detach(), 1.0, [x.detach()]), types, records=True)
+    places = _places("Tensor", "Optional[float]", "List[Tensor]")
+    assert _register._are_plain((x, None, [x]), places, records=False)
+    assert not _register._are_plain((x, None), places, records=True)
+    assert not _register._are_plain((x.detach(), None, [x]), places, records=True)
+    assert _register._are_plain((x.detach(), 1.0, [x.detach()]), places, records=True)
 
 
 def test_arguments_are_those_that_the_operator_would_hand_on(device: torch.device) -> None:
@@ -149,11 +149,17 @@ def test_arguments_are_those_that_the_operator_would_hand_on(device: torch.devic
     plain = {"Tensor": x, "int": 3, "float": 0.5, "bool": True, "str": "gelu", "ScalarType": torch.float32}
     plain |= {f"Optional[{name}]": value for name, value in plain.items()} | {"List[bool]": [True]}
     for declared, value in plain.items():
-        types = [_register._types_of(declared)]
-        assert _register._are_plain((value,), types, records=True), declared
-        assert _register._are_plain((None,), types, records=True) == declared.startswith("Optional")
-    for declared, value in {"float": 1, "int": True, "Optional[float]": True, "SymInt": 1.0}.items():
-        assert not _register._are_plain((value,), [_register._types_of(declared)], records=True)
+        places = _places(declared)
+        assert _register._are_plain((value,), places, records=True), declared
+        assert _register._are_plain((None,), places, records=True) == declared.startswith("Optional")
+        assert _register._are_plain((), places, records=True)  # a trailing default
+    wrong = {"float": 1, "int": True, "Optional[float]": True, "SymInt": 1.0, "Tensor": 1.0, "List[bool]": x}
+    for declared, value in (wrong | {"Optional[int]": x, "List[Tensor]": [1.0]}).items():
+        assert not _register._are_plain((value,), _places(declared), records=True), declared
+
+
+def _places(*declared: str) -> _register._Places:
+    return _register._Places([_register._types_of(one) for one in declared])
 
 
 def _negative(x: Tensor) -> Tensor:
