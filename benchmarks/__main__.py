@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--parts",
         nargs="+",
-        choices=("tests", "run", "demo", "tune"),
+        choices=("tests", "more-tests", "run", "demo", "tune"),
         default=["tests", "run", "demo"],
-        help="tests, run, demo (these by default), tune",
+        help="tests, run, demo (these by default), more-tests (those not marked gpu), tune",
     )
     gpu.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds (default 20)")
     gpu.add_argument(

@@ -1,12 +1,14 @@
 """`python -m benchmarks gpu`: the tests marked gpu, the suites and the main job, on the GPU at hand.
 
 Works from a bare checkout with PYTHONPATH=. and nothing installed but PyTorch, Triton, pytest, rich, matplotlib
-and Jinja2. Every row is on disk as soon as it is measured.
+and Jinja2; with pytest-xdist the tests share the GPU. Every row is on disk as soon as it is measured.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +27,10 @@ from benchmarks.report import make_console, results_folder, write_json
 _SUITE_MINUTES = 5
 # Not among the default parts; what is left comes with the next call here too.
 TUNING_MINUTES = 20.0
+
+_TESTS_AT_A_TIME = 8
+# The largest tests take a few times 2^31 elements.
+_BYTES_OF_A_TEST = 16 << 30
 
 
 class NoGpuError(Exception):
@@ -65,8 +71,12 @@ def run_gpu(
             say(f"{part}: done in an earlier call")
     if "tests" in parts and "tests" not in done:
         say("the tests marked gpu")
-        if _tests(folder) != 0:
+        if _tests(folder, "gpu-tests", "gpu") != 0:
             failed.append("tests")
+    if "more-tests" in parts:
+        say("the tests that other machines run in Triton's interpreter")
+        if _tests(folder, "gpu-more-tests", "not gpu") != 0:
+            failed.append("more-tests")
     if "run" in parts:
         say("the suites")
         command = ["run", "--device", "cuda", "--out", str(folder), "--rounds", str(rounds), "--resume"]
@@ -124,9 +134,25 @@ def _green(junit: Path, log: Path) -> bool:
     return not interrupted and not bad and total > skipped
 
 
-def _tests(folder: Path) -> int:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15"]
-    return _logged([*command, f"--junitxml={folder / 'gpu-tests.xml'}"], folder / "gpu-tests.log")
+def _tests(folder: Path, name: str, marked: str) -> int:
+    # Those of the peers' providers last, so that an interrupted run has seen what matters most.
+    tests = REPOSITORY / "tests"
+    folders = {path.parent for path in tests.glob("*/test_*.py")}
+    places = [*tests.glob("test_*.py"), *sorted(folders, key=lambda folder: folder.name == "benchmarks")]
+    command = [sys.executable, "-m", "pytest", *map(str, places), "-m", marked, "-p", "no:cacheprovider"]
+    command += ["--durations=15"]
+    workers = _workers()
+    if workers > 1:
+        command += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "4"]
+    return _logged([*command, f"--junitxml={folder / name}.xml"], folder / f"{name}.log")
+
+
+def _workers() -> int:
+    """How many processes test at a time: most of the time of each goes to compiling, on one core."""
+    if importlib.util.find_spec("xdist") is None:
+        return 1
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(_TESTS_AT_A_TIME, os.cpu_count() or 1, memory // _BYTES_OF_A_TEST))
 
 
 def _benchmarks(arguments: list[str], log: Path) -> int:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,8 @@ def pretend_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda device, commit: {"device": "pretended", "commit": commit})
     monkeypatch.setattr(gpu, "_logged", logged)
+    memory = SimpleNamespace(total_memory=140 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
     return ran, codes
 
 
@@ -188,6 +192,41 @@ def test_gpu_goes_on_after_a_failure_and_reports_it(pretend_gpu, tmp_path, capsy
     assert commands.main(["gpu", "--out", str(tmp_path)]) == 1
     assert len(ran) == 3
     assert "tests failed; see the log" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "marked"), [("tests", "gpu"), ("more-tests", "not gpu")], ids=["marked-gpu", "the-rest"]
+)
+def test_gpu_tests_are_all_tests_those_of_peers_last(part, marked, pretend_gpu, tmp_path):
+    ran, _ = pretend_gpu
+    assert commands.main(["gpu", "--out", str(tmp_path), "--parts", part]) == 0
+    (command,) = ran
+    places = [Path(word) for word in command if word.startswith(str(REPOSITORY / "tests"))]
+    assert places[-1] == REPOSITORY / "tests" / "benchmarks"
+    found = {path for place in places for path in ([place] if place.is_file() else place.rglob("test_*.py"))}
+    assert found == set((REPOSITORY / "tests").rglob("test_*.py"))
+    assert command[command.index("-m", 3) + 1] == marked
+
+
+@pytest.mark.parametrize(
+    ("xdist", "cores", "gigabytes", "workers"),
+    [(True, 16, 140, 8), (True, 4, 140, 4), (True, 16, 24, 1), (True, 16, 8, 1), (False, 16, 140, 1)],
+)
+def test_gpu_tests_share_a_large_gpu(xdist, cores, gigabytes, workers, pretend_gpu, monkeypatch, tmp_path):
+    ran, _ = pretend_gpu
+    real = gpu.importlib.util.find_spec
+    found = {"xdist": "xdist" if xdist else None}
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name, *of: found[name] if name in found else real(name, *of)
+    )
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    memory = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    assert commands.main(["gpu", "--out", str(tmp_path), "--parts", "tests"]) == 0
+    (command,) = ran
+    assert ("-n" in command) == (workers > 1)
+    if workers > 1:
+        assert command[command.index("-n") + 1] == str(workers)
 
 
 def test_gpu_runs_chosen_parts(pretend_gpu, tmp_path):
