@@ -6,6 +6,7 @@ The kernels' part is in `_attention_triton`, that of PyTorch's operators in `_at
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ _REFERENCE_FEATURES = (
 ATTENTION_IMPLEMENTATIONS = (
     Implementation(
         "triton",
-        run=lambda *arguments: run_attention("triton", *arguments),
+        run=partial(run_attention, "triton"),
         refuse=refuse_triton_attention,
         describe=describe_triton,
         forms=other_forms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -290,15 +291,15 @@ _LINEAR_CROSS_ENTROPY = Operation(
     (
         Implementation(
             "triton",
-            run=lambda *arguments: _run(True, *arguments),
+            run=partial(_run, True),
             refuse=_refuse_triton,
-            describe=lambda *arguments: _describe(True, *arguments),
+            describe=partial(_describe, True),
         ),
         Implementation(
             "torch",
-            run=lambda *arguments: _run(False, *arguments),
+            run=partial(_run, False),
             refuse=lambda *arguments: refuse_transforms(),
-            describe=lambda *arguments: _describe(False, *arguments),
+            describe=partial(_describe, False),
         ),
         Implementation(
             "reference",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def _refuse_torch(*arguments: Any) -> str | None:
 def _by_name(path: str) -> Implementation:
     return Implementation(
         f"triton-{path}",
-        run=lambda *arguments: _run_path(path, *arguments),
+        run=partial(_run_path, path),
         refuse=_refuse_fused if path == "fused" else _refuse_triton,
         describe=lambda *arguments: f"the {path} path, whatever the shape",
         only_by_name=True,
