@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ MAX_ABOVE_LAUNCH_US = 10.0
 # Calls between two looks at the clock: short enough that most are not interrupted where others compute.
 _BURST = 20
 _ROWS, _WIDTH, _HEADS, _HEAD_DIM = 16, 256, 4, 64
+_STEPS = 5000
 
 
 @contextlib.contextmanager
@@ -104,7 +106,7 @@ def launch_calls(gradients: bool) -> dict[str, tuple[Call, tuple[Tensor, ...]]]:
     cos, sin = fastattn.rotary_tables(_ROWS, _HEAD_DIM)
     target = torch.arange(_ROWS)
     norm = (_WIDTH,)
-    return {
+    calls: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
         "layer_norm": (lambda: fastattn.layer_norm(x, norm, weight, bias), (x, weight, bias)),
         "rms_norm": (lambda: fastattn.rms_norm(x, norm, weight), (x, weight)),
         "add_layer_norm": (
@@ -121,6 +123,18 @@ def launch_calls(gradients: bool) -> dict[str, tuple[Call, tuple[Tensor, ...]]]:
         "mlp": (lambda: fastattn.mlp(tiny, up, None, down, None, implementation="triton"), (tiny, up, down)),
         "linear_cross_entropy": (lambda: fastattn.linear_cross_entropy(tiny, up, few), (tiny, up)),
     }
+    if not gradients:
+        caches = _growing_caches(make(1, _HEADS, _STEPS, _HEAD_DIM))
+        calls["attention_step"] = (lambda: fastattn.attention(q[:, :, :1], *next(caches)), (q,))
+    return calls
+
+
+def _growing_caches(longest: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """k and v of one more key each time, contiguous; more lengths than plans are kept, so that none comes again."""
+    heads, most, width = longest.shape[1:]
+    flat = longest.flatten()
+    caches = [flat[: heads * seq * width].view(1, heads, seq, width) for seq in range(1, most + 1)]
+    return itertools.cycle([(cache, cache) for cache in caches])
 
 
 def measure_launches(

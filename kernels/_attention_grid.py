@@ -16,7 +16,6 @@ from fastattn.kernels._attention_decode_config import CombineTiles, select_decod
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
-from fastattn.kernels._plan import planned
 from fastattn.kernels._target import Target
 
 # So few queries are taken as few by themselves, and more as long as they are no more rows than a tile has, with those
@@ -27,8 +26,8 @@ FEW_ROWS = 128
 # What share of its rounds a grid is to fill, FlashAttention-2's number (Dao, 2023), and of how many rounds at most.
 _FULL_ENOUGH = 0.85
 _MOST_ROUNDS = 4
-# In which the keys are counted that a plan depends on, so that a cache which grows by a key a step has few plans. The
-# fewest keys of a split are a multiple of it.
+# In which keys are counted at least, so that a cache which grows by a key a step has few plans. The fewest keys of a
+# split are a multiple of it.
 _KEYS = 32
 
 
@@ -65,16 +64,35 @@ def few_queries_grid(
         head_dim: the wider of q's and v's.
         folds: see `may_fold`.
     """
-    left, right, bottom_right, sequences, seq_q, seq_k = reach
+    sequences, seq_q = reach[3:5]
     if seq_q > FEW_ROWS:
         return None
-    # At most so many keys lie between the first that a query of a sequence sees and the last.
-    if right >= 0 and left >= 0:
-        seq_k = min(seq_k, left + right + seq_q)
-    if right >= 0 and not bottom_right:
-        seq_k = min(seq_k, seq_q + right)
-    kv_heads = kv_heads if folds else heads
-    return _few_queries_grid(sequences, heads, kv_heads, seq_q, seq_k // _KEYS, head_dim, dtype, target)
+    groups = heads // kv_heads if folds else 1
+    folded = groups > 1 and (seq_q <= FEW_QUERIES or seq_q * groups <= FEW_ROWS)
+    rows, heads = (seq_q * groups, kv_heads) if folded else (seq_q, heads)
+    config = select_decode_config(rows, head_dim, dtype, target)
+    programs = ceil_div(rows, config.tiles.block_m) * heads * sequences
+    splits = min(splits_to_fill(programs, config.programs), counted_keys(reach) // config.least_keys)
+    if splits <= 1 and not folded and seq_q > FEW_QUERIES:
+        return None  # tiles of more keys do
+    return FewQueriesGrid(
+        config.tiles, config.combine, folded, (programs,) if splits <= 1 else (programs, splits)
+    )
+
+
+def counted_keys(reach: tuple[Any, ...]) -> int:
+    """At most so many keys lie between the first that a query of a sequence sees and the last, in round numbers.
+
+    Rounded down by up to a sixteenth, and to a multiple of 32: what is chosen by it holds for all of these, so that a
+    growing cache has 16 plans on its way to twice the keys. Counting twice changes nothing.
+    """
+    left, right, bottom_right, _sequences, seq_q, keys = reach
+    # No key lies behind the last query's own place at the bottom right, and none before the first's at the top left.
+    beyond = left if bottom_right else right
+    if 0 <= beyond < keys - seq_q:
+        keys = seq_q + beyond
+    below: int = keys.bit_length() - 5
+    return keys >> below << below if keys >= 32 * _KEYS else keys & -_KEYS
 
 
 def may_fold(asked: AttentionOptions) -> bool:
@@ -87,31 +105,6 @@ def may_fold(asked: AttentionOptions) -> bool:
         asked.dropout_p
         or (bias is not None and not is_broadcast(bias, 1))
         or (mask is not None and not is_broadcast(mask, 1))
-    )
-
-
-@planned
-def _few_queries_grid(
-    sequences: int,
-    heads: int,
-    kv_heads: int,
-    seq_q: int,
-    keys: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    target: Target,
-) -> FewQueriesGrid | None:
-    """`keys` counts visible ones in `_KEYS`; kv_heads is heads where rows of several heads may not share a tile."""
-    groups = heads // kv_heads
-    folded = groups > 1 and (seq_q <= FEW_QUERIES or seq_q * groups <= FEW_ROWS)
-    rows, heads = (seq_q * groups, kv_heads) if folded else (seq_q, heads)
-    config = select_decode_config(rows, head_dim, dtype, target)
-    programs = ceil_div(rows, config.tiles.block_m) * heads * sequences
-    splits = min(splits_to_fill(programs, config.programs), keys * _KEYS // config.least_keys)
-    if splits <= 1 and not folded and seq_q > FEW_QUERIES:
-        return None  # tiles of more keys do
-    return FewQueriesGrid(
-        config.tiles, config.combine, folded, (programs,) if splits <= 1 else (programs, splits)
     )
 
 

@@ -1,7 +1,9 @@
 """What launches of attention take beside tensors: found once for each layout, kind of scores, dtype and target.
 
-A plan is kept, so it depends on no tensor and on no address. Descriptors do depend on addresses: a launcher asks
-`layout_reason` where a plan has any, and takes the plan without them if there is a reason.
+A plan is kept, so it depends on no tensor and on no address, and the forward's on no exact number of keys: a cache that
+grows by a key a step, in place or into new tensors whose strides are others, has the plan of the step before.
+Descriptors do depend on addresses: a launcher asks `layout_reason` where a plan has any, and takes the plan without
+them if there is a reason.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, heads_together
 from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
-from fastattn.kernels._attention_grid import few_queries_grid
+from fastattn.kernels._attention_grid import counted_keys, few_queries_grid
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import block_d, rows_readable
 from fastattn.kernels._options import AttentionOptions
@@ -33,7 +35,8 @@ class AttentionLaunch(NamedTuple):
 class ForwardPlan(NamedTuple):
     """How `attention_forward` launches, and which of q, k and v it reads where they lie.
 
-    `combine`: the launch that puts splits of the keys together, where the grid has an axis 1 of them.
+    `forward` lacks SEQ_K and MAX_SEQ_K. `combine`: the launch that puts splits of the keys together, where the grid has
+    an axis 1 of them.
     """
 
     descriptors: bool
@@ -62,7 +65,6 @@ class BackwardPlan(NamedTuple):
 Strides = tuple[tuple[int, ...], ...]
 
 
-@planned
 def forward_plan(
     shape_q: tuple[int, ...],
     shape_v: tuple[int, ...],
@@ -78,15 +80,38 @@ def forward_plan(
     """The plan of tensors of these shapes and strides.
 
     Args:
+        strides: of each tensor the last two are enough.
         load: see `score_load`.
         reach: see `reach_of`.
         config: replaces the one chosen for the shape and target, also where queries are few.
         folds: see `may_fold`.
         described: whether descriptors can read the tensors.
     """
-    width, heads = max(shape_q[3], shape_v[3]), shape_q[1]
-    in_place, sizes = tuple(rows_readable(of) for of in strides), _sizes(shape_q, shape_v, reach)
-    few = few_queries_grid(heads, shape_v[1], reach, width, dtype, target, folds) if config is None else None
+    # Of k and v only what a further key leaves as it is.
+    return _forward_plan(
+        shape_q, shape_v[1], shape_v[3], strides, dtype, load,
+        (*reach[:5], counted_keys(reach)), config, target, folds, described,
+    )  # fmt: skip
+
+
+@planned
+def _forward_plan(
+    shape_q: tuple[int, ...],
+    kv_heads: int,
+    v_dim: int,
+    strides: Strides,
+    dtype: torch.dtype,
+    load: str,
+    reach: tuple[Any, ...],
+    config: AttentionConfig | None,
+    target: Target,
+    folds: bool,
+    described: bool,
+) -> ForwardPlan:
+    """`reach` has the keys in round numbers, see `counted_keys`."""
+    width, heads = max(shape_q[3], v_dim), shape_q[1]
+    in_place, sizes = tuple(rows_readable(of) for of in strides), _sizes(shape_q, kv_heads, v_dim, reach)
+    few = few_queries_grid(heads, kv_heads, reach, width, dtype, target, folds) if config is None else None
     if few is not None:
         launch = _by_queries(few.tiles, heads, sizes, reach, _HEAD_AFTER_HEAD)._replace(grid=few.grid)
         launch.constants.update(FOLDED=few.folded, SPLIT=len(few.grid) > 1)
@@ -114,7 +139,7 @@ def backward_plan(
     batch, heads, seq_q, head_dim = shape_q
     kv_heads, v_dim = shape_v[1], shape_v[3]
     config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
-    sizes = _sizes(shape_q, shape_v, reach)
+    sizes = _sizes(shape_q, kv_heads, v_dim, reach) | {"SEQ_K": shape_v[2], "MAX_SEQ_K": reach[5]}
     sequences = reach[3]
     by_queries, by_keys = _heads_together(sizes, heads, reach, dtype, target)
     return BackwardPlan(
@@ -199,14 +224,14 @@ def _heads_together(
     sizes: dict[str, Any], heads: int, reach: tuple[Any, ...], dtype: torch.dtype, target: Target
 ) -> list[dict[str, Any]]:
     """The sections of heads, of kernels by queries and of those by keys."""
-    groups, sequences = sizes["GROUPS"], reach[3]
+    groups, (sequences, longest_q, longest_k) = sizes["GROUPS"], reach[3:]
     width = (sizes["HEAD_DIM"] + sizes["V_DIM"]) * dtype.itemsize
     # With a window on both sides the tiles of a head are about as long as each other.
     balance = sizes["HAS_RIGHT"] and not sizes["HAS_LEFT"]
     key_heads = heads // groups * sequences
     found = []
     # The query heads of a group share their keys, and are mixed as one; a program of keys walks all of them.
-    for rows, mixed in ((sizes["MAX_SEQ_K"], groups), (sizes["MAX_SEQ_Q"] * groups, 1)):
+    for rows, mixed in ((longest_k, groups), (longest_q * groups, 1)):
         sections = heads_together(rows * width, key_heads, balance, target)
         if sections is None:
             found.append(_HEAD_AFTER_HEAD)
@@ -215,17 +240,14 @@ def _heads_together(
     return found
 
 
-def _sizes(shape_q: tuple[int, ...], shape_v: tuple[int, ...], reach: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments of kernels that are of the call and not of the tiles."""
+def _sizes(shape_q: tuple[int, ...], kv_heads: int, v_dim: int, reach: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of kernels that are of the call and not of the tiles, but for how many keys there are."""
     _, heads, seq_q, head_dim = shape_q
-    _, kv_heads, seq_k, v_dim = shape_v
-    left, right, bottom_right, _, longest_q, longest_k = reach
+    left, right, bottom_right, _, longest_q, _ = reach
     return {
         "GROUPS": heads // kv_heads,
         "SEQ_Q": seq_q,
-        "SEQ_K": seq_k,
         "MAX_SEQ_Q": longest_q,
-        "MAX_SEQ_K": longest_k,
         "LEFT": left,
         "RIGHT": right,
         "HAS_LEFT": left >= 0,

@@ -258,7 +258,7 @@ def _attention_forward_warp_groups_kernel(
 
 
 _CONSTANTS = (
-    "HEADS", "GROUPS", "SEQ_Q", "SEQ_K", "RIGHT", "HAS_RIGHT", "BOTTOM_RIGHT", "V_DIM", "BLOCK_M", "BLOCK_N",
+    "HEADS", "GROUPS", "SEQ_Q", "RIGHT", "HAS_RIGHT", "BOTTOM_RIGHT", "V_DIM", "BLOCK_M", "BLOCK_N",
     "num_warps",
 )  # fmt: skip
 
@@ -284,6 +284,7 @@ def launch_warp_groups(
             lse_ptr=lse,
             sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
             scale=asked.scale * _LOG2_E,
+            SEQ_K=k.size(2),
             STAGES=launch.tiles.num_stages,
             # A section of one head is head after head.
             HEADS_TOGETHER=launch.constants["HEADS_TOGETHER"] or 1,

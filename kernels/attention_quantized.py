@@ -58,6 +58,8 @@ def attention_e4m3_forward(
             ),
             sequences=sequences_of(asked),
             sinks_ptr=None if asked.sinks is None else asked.sinks.contiguous(),
+            SEQ_K=k.size(2),
+            MAX_SEQ_K=k.size(2),
             **(constants | blocks),
         )
     return out, lse

@@ -78,6 +78,7 @@ MOST_CALLS = {
     "rms_norm": (38, 117),
     "add_layer_norm": (48, 131),
     "attention": (61, 211),
+    "attention_step": (61, None),
     "cross_entropy": (44, 97),
     "rotary_embedding": (55, 141),
     "rotary_embedding_qk": (63, 150),
@@ -102,6 +103,7 @@ def test_calls_of_python_do_not_creep():
         (case, direction): most
         for case, both in MOST_CALLS.items()
         for direction, most in zip(("forward", "forward+backward"), both, strict=True)
+        if most is not None
     }
     assert found.keys() == bounds.keys()
     assert {key: count for key, count in found.items() if count > bounds[key]} == {}

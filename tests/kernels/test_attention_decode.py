@@ -17,12 +17,12 @@ from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
 from fastattn.kernels._attention_decode_config import CombineTiles, DecodeConfig, select_decode_config
 from fastattn.kernels._attention_grid import (
     FewQueriesGrid,
-    _few_queries_grid,
+    counted_keys,
     few_queries_grid,
     may_fold,
     splits_to_fill,
 )
-from fastattn.kernels._attention_plan import reach_of
+from fastattn.kernels._attention_plan import _forward_plan, reach_of
 from fastattn.kernels._config import forced_config
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, Target
@@ -264,6 +264,15 @@ GRIDS = {
     "fewer-keys-than-a-split": ((1, 32, 8, 1, 100), {}, (True, 1)),
     "no-groups": ((1, 8, 8, 1, 32768), {}, (False, 33)),
     "a-window": ((1, 32, 8, 1, 32768), {"left": 1023, "right": 0, "bottom_right": True}, (True, 4)),
+    # Without a right end the last query sees no key but those before it, as no others are there.
+    "a-window-without-a-right-end": ((1, 32, 8, 1, 32768), {"left": 1023, "bottom_right": True}, (True, 4)),
+    "a-window-beyond-the-keys": (
+        (1, 32, 8, 1, 32768),
+        {"left": 1023, "right": 9999, "bottom_right": True},
+        (True, 4),
+    ),
+    "a-window-at-the-top-left": ((1, 32, 8, 1, 32768), {"left": 1023, "right": 512}, (True, 2)),
+    "a-top-left-window-without-a-right-end": ((1, 32, 8, 1, 32768), {"left": 1023}, (True, 33)),
     "top-left": ((1, 32, 8, 1, 32768), {"right": 0}, (True, 1)),
     "bottom-right": ((1, 32, 8, 1, 32768), {"right": 0, "bottom_right": True}, (True, 33)),
     "more-queries": ((1, 32, 8, 32, 32768), {}, (True, 16)),
@@ -284,17 +293,83 @@ def test_grids_are_a_pure_function(name: str) -> None:
     asked = AttentionOptions(1.0, **given)
     assert grid_of(q, v, asked, H200) == expected
     few = grid_for(q, v, asked, H200)
-    assert few is grid_for(q, v, asked, H200)  # kept
     if expected is not None:
         assert isinstance(few, FewQueriesGrid) and few.tiles.form == "pointers" and few.tiles.block_m >= 64
 
 
-def test_a_growing_cache_has_few_plans() -> None:
-    q, asked = _meta(1, 32, 1), AttentionOptions(1.0)
-    before = _few_queries_grid.cache_info().misses
-    for seq_k in range(4096, 4096 + 128):
-        grid_for(q, _meta(1, 8, seq_k), asked, H200)
-    assert _few_queries_grid.cache_info().misses - before <= 4
+REACHES = {
+    "full": {},
+    "bottom-right": {"right": 0, "bottom_right": True},
+    "top-left": {"right": 5},
+    "window": {"left": 40, "right": 3, "bottom_right": True},
+    "left": {"left": 40, "bottom_right": True},
+    "left-top-left": {"left": 40},
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_keys_are_counted_as_the_mask_shows_them(name: str) -> None:
+    """From the first key that any query sees to the last, in round numbers from below."""
+    asked = AttentionOptions(1.0, **REACHES[name])
+    for seq_q, seq_k in product((1, 3, 16), (1, 31, 32, 33, 90, 257)):
+        rows, keys = torch.arange(seq_q)[:, None], torch.arange(seq_k)[None]
+        place = rows + (seq_k - seq_q if asked.bottom_right else 0)
+        seen = torch.ones(seq_q, seq_k, dtype=torch.bool)
+        seen &= keys >= place - asked.left if asked.left >= 0 else seen
+        seen &= keys <= place + asked.right if asked.right >= 0 else seen
+        columns = seen.any(0).nonzero()
+        exact = int(columns[-1] - columns[0]) + 1 if len(columns) else 0
+        counted = counted_keys((asked.left, asked.right, asked.bottom_right, 1, seq_q, seq_k))
+        assert counted == exact // 32 * 32
+
+
+def test_keys_are_counted_in_round_numbers() -> None:
+    """From below by at most a sixteenth or 31, the same again when counted again, and few of them."""
+    everything = [counted_keys((-1, -1, False, 1, 1, seq_k)) for seq_k in range(1 << 17)]
+    assert len(set(everything)) <= 8 * 16 + 16
+    for seq_k, counted in enumerate(everything):
+        assert 0 <= seq_k - counted <= max(31, seq_k // 16)
+        assert counted % 32 == 0 and counted_keys((-1, -1, False, 1, 1, counted)) == counted
+
+
+CACHES = {
+    # One that is concatenated anew at each step, so that strides of batches and heads change, and one that is filled.
+    "concatenated": lambda cache, length: cache[:, :, :length].contiguous(),
+    "filled": lambda cache, length: cache[:, :, :length],
+    "filled-seq-first": lambda cache, length: cache.transpose(1, 2).contiguous()[:, :length].transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", CACHES)
+@pytest.mark.parametrize("name", ["full", "bottom-right", "window", "packed"])
+def test_a_growing_cache_has_few_plans(name: str, layout: str, device: torch.device) -> None:
+    """And each call its own number of keys: NaN lies behind, and a plan with an old number would miss the last key.
+
+    From 60 to 70 keys 64 are passed, where the interpreter begins to split.
+    """
+    q, k, v = (t.to(device) for t in decode_inputs(1, 4))
+    for tensor in (k, v):
+        tensor[:, :, 70:] = math.nan
+    asked = AttentionOptions(0.25, **REACHES.get(name, {}))
+    if name == "packed":
+        q, k, v = q[:1], k[:1], v[:1]
+    before, grids = _forward_plan.cache_info().misses, set()
+    for length in range(60, 70, 3):
+        keys, values = (CACHES[layout](t, length) for t in (k, v))
+        if name == "packed":
+            starts = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (1, length)]
+            asked = AttentionOptions(
+                0.25, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=1, max_seqlen_k=length
+            )
+        found = attention_forward(q, keys, values, *asked)
+        grids.add(grid_of(q, values, asked))
+        window = (asked.left, None) if asked.left >= 0 else None
+        wide = [t.double() for t in (q, keys, values)]
+        expected = reference.attention(*wide, scale=0.25, return_lse=True, window=window)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=2e-6)
+    assert grids == ({(True, 1)} if name == "window" else {(True, 1), (True, 2)})
+    assert _forward_plan.cache_info().misses - before <= (1 if name == "window" else 2)
 
 
 def test_splits_fill_rounds() -> None:

@@ -55,7 +55,7 @@ def test_attention_has_a_plan_for_each_layout_and_reach() -> None:
     assert found == [7, 0, True, True, True]
     packed = forward_plan(*attention_layout(reach=(-1, 0, False, 5, 300, 270))).forward
     assert packed.grid == (-(-300 // tiles.block_m) * 20,)
-    assert (packed.constants["MAX_SEQ_Q"], packed.constants["MAX_SEQ_K"]) == (300, 270)
+    assert packed.constants["MAX_SEQ_Q"] == 300 and "MAX_SEQ_K" not in packed.constants
     backward = backward_plan(*attention_layout())
     assert backward.dk_dv.constants["KV_HEADS"] == 2 and backward.dq.constants["HEADS"] == 4
     assert backward.dk_dv.grid == (-(-260 // backward.dk_dv.tiles.block_n) * 4,)
