@@ -47,6 +47,10 @@ class FewQueriesGrid:
     folded: bool
     grid: tuple[int, ...]
 
+    @property
+    def splits(self) -> int:
+        return self.grid[1] if len(self.grid) > 1 else 1
+
 
 def few_queries_grid(
     heads: int,
@@ -80,17 +84,22 @@ def few_queries_grid(
     )
 
 
-def counted_keys(reach: tuple[Any, ...]) -> int:
+def counted_keys(reach: tuple[Any, ...], exact: bool = False) -> int:
     """At most so many keys lie between the first that a query of a sequence sees and the last, in round numbers.
 
     Rounded down by up to a sixteenth, and to a multiple of 32: what is chosen by it holds for all of these, so that a
     growing cache has 16 plans on its way to twice the keys. Counting twice changes nothing.
+
+    Args:
+        exact: not rounded.
     """
     left, right, bottom_right, _sequences, seq_q, keys = reach
     # No key lies behind the last query's own place at the bottom right, and none before the first's at the top left.
     beyond = left if bottom_right else right
     if 0 <= beyond < keys - seq_q:
         keys = seq_q + beyond
+    if exact:
+        return int(keys)
     below: int = keys.bit_length() - 5
     return keys >> below << below if keys >= 32 * _KEYS else keys & -_KEYS
 

@@ -95,7 +95,7 @@ def test_what_is_not_fused_goes_to_pytorch(change: dict, reason: str) -> None:
 
 def test_explain_says_which_form_of_the_kernels_runs(device: torch.device) -> None:
     """And, not printed, why not another; a seed of dropout is not drawn for that."""
-    q = torch.zeros(1, 2, 8, 16, device=device)
+    q = torch.zeros(1, 2, 20, 16, device=device)  # more than few
     given = {"causal": True, "implementation": "triton", "dropout_p": 0.5}
     torch.manual_seed(3)
     found = fastattn.explain(q, q, q, **given)
@@ -109,7 +109,11 @@ def test_explain_says_which_form_of_the_kernels_runs(device: torch.device) -> No
         found = fastattn.explain(q, q, q, **given)
         assert found.description.endswith("rows by descriptors and reduction")
         assert set(found.forms) >= {"pointers", "specialized"}
-        packed = [q[0].transpose(0, 1)] * 3, torch.tensor([0, 8], device=device, dtype=torch.int32)
+        few = q[:, :, :8]
+        assert fastattn.explain(few, few, few, **given).description.endswith(
+            "rows by pointers and descriptors and reduction"
+        )
+        packed = [q[0].transpose(0, 1)] * 3, torch.tensor([0, 20], device=device, dtype=torch.int32)
         found = fastattn.explain(
             fastattn.attention_varlen, *packed[0], packed[1], packed[1], implementation="triton"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from torch import Tensor
 from fastattn import dispatch
 from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, layout_reason
+from fastattn.kernels._attention_grid import FewQueriesGrid, counted_keys, few_queries_grid, may_fold
+from fastattn.kernels._attention_plan import reach_of
+from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import rows_too_far
-from fastattn.kernels._target import target_of
+from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._target import Target, target_of
 from fastattn.ops._attention_call import Features, options_of
 from fastattn.ops._attention_quantized import refuse_triton_quantized
 from fastattn.ops._autograd import needs_graph
@@ -63,7 +67,16 @@ def _records(q: Tensor, k: Tensor, v: Tensor, features: Features | None) -> bool
     return needs_graph(q, k, v, features.bias, features.sinks)
 
 
-def _forms_of(
+class _Launches(NamedTuple):
+    """What decides how a call is launched, found as the launchers find it, but without the seed of dropout."""
+
+    asked: AttentionOptions
+    load: str
+    target: Target
+    few: FewQueriesGrid | None
+
+
+def _launches_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -71,18 +84,27 @@ def _forms_of(
     scale: float | None,
     features: Features | None,
     return_lse: bool,
-) -> tuple[list[str], dict[str, str]]:
+) -> _Launches:
+    drawn = 0.0 if features is None else features.dropout_p
+    if features is not None and drawn:
+        features = features._replace(dropout_p=0.0)
+    asked = options_of(q, k, causal, scale, features)._replace(dropout_p=drawn)
+    target, few = target_of(q.device), None
+    quantized = features is not None and features.quantize is not None
+    if not quantized and q.numel() and v.numel():
+        width, reach = max(q.size(3), v.size(3)), reach_of(asked, q, k)
+        few = few_queries_grid(q.size(1), k.size(1), reach, width, q.dtype, target, may_fold(asked))
+    return _Launches(asked, score_load(asked), target, few)
+
+
+def _forms_of(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[list[str], dict[str, str]]:
     """The forms of the kernels that a call launches, and why not the others."""
-    # Without dropout, which would draw a seed.
-    drawn = features is not None and features.dropout_p
-    asked = options_of(
-        q, k, causal, scale, features._replace(dropout_p=0.0) if drawn and features else features
-    )
-    load = score_load(asked._replace(dropout_p=features.dropout_p) if drawn and features else asked)
-    target, head_dim = target_of(q.device), max(q.size(-1), v.size(-1))
+    asked, load, target, few = _launches_of(q, k, v, *others)
+    head_dim = max(q.size(-1), v.size(-1))
     unread = layout_reason((q, k, v), asked)
     config = fitting_config(None, unread is None, head_dim, q.dtype, target, load)
-    taken = {"reduction" if config.reduce_dq else config.dk_dv.form, config.forward.form, config.dq.form}
+    forward = config.forward if few is None else few.tiles
+    taken = {"reduction" if config.reduce_dq else config.dk_dv.form, forward.form, config.dq.form}
     refused = {}
     for form in FORMS:
         if form not in taken:
@@ -91,11 +113,27 @@ def _forms_of(
     return [form for form in FORMS if form in taken], refused
 
 
-def describe_triton(*arguments: Any) -> str:
-    features = arguments[5]
+def describe_triton(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> str:
+    features = others[2]
     quantized = "" if features is None or features.quantize is None else f", {features.quantize} products"
-    rows = " and ".join(_forms_of(*arguments)[0])
-    return f"fused Triton kernels, memory linear in the sequence{quantized}; rows by {rows}"
+    rows = " and ".join(_forms_of(q, k, v, *others)[0])
+    said = [f"fused Triton kernels, memory linear in the sequence{quantized}", f"rows by {rows}"]
+    forward = _few_queries(q, k, v, *others)
+    if forward:
+        said.append(f"the forward with {' and '.join(forward)}")
+    return "; ".join(said)
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[str]:
+    """What the forward does with the heads and keys of few queries."""
+    asked, _load, _target, few = _launches_of(q, k, v, *others)
+    found = []
+    if few is not None and few.folded:
+        found.append(f"{q.size(1) // k.size(1)} query heads in a tile")
+    if few is not None and few.splits > 1:
+        keys = counted_keys(reach_of(asked, q, k), exact=True)
+        found.append(f"keys in {few.splits} splits of about {ceil_div(keys, few.splits)}")
+    return found
 
 
 def other_forms(*arguments: Any) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""Attention of few queries: heads of a group in the rows of one tile, keys in splits, and what chooses them."""
+"""Attention of few queries: heads of a group in the rows of one tile, and keys in splits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 
 import pytest
 import torch
@@ -15,41 +14,18 @@ import fastattn
 from fastattn import reference
 from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
 from fastattn.kernels._attention_decode_config import CombineTiles, DecodeConfig, select_decode_config
-from fastattn.kernels._attention_grid import (
-    FewQueriesGrid,
-    counted_keys,
-    few_queries_grid,
-    may_fold,
-    splits_to_fill,
-)
-from fastattn.kernels._attention_plan import _forward_plan, reach_of
 from fastattn.kernels._config import forced_config
 from fastattn.kernels._options import AttentionOptions
-from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, Target
+from fastattn.kernels._target import INTERPRETER
 from fastattn.kernels.attention_forward import attention_forward
 from fastattn.testing import assert_accurate, make_tensor
 from tests.attention_checks import AttentionCase
 from tests.attention_options import Case, check_options, make_inputs, make_options
+from tests.few_queries import decode_inputs, grid_for, grid_of
 
-H200 = KNOWN_TARGETS["sm_90"]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TILES = AttentionTiles(16, 16, 1, 1, one_loop=True)
 PLAIN = AttentionConfig(*[AttentionTiles(16, 16, 1, 1)] * 3)
-
-
-def grid_for(
-    q: Tensor, v: Tensor, asked: AttentionOptions, target: Target = INTERPRETER
-) -> FewQueriesGrid | None:
-    width, reach = max(q.size(3), v.size(3)), reach_of(asked, q, v)
-    return few_queries_grid(q.size(1), v.size(1), reach, width, q.dtype, target, may_fold(asked))
-
-
-def grid_of(
-    q: Tensor, v: Tensor, asked: AttentionOptions, target: Target = INTERPRETER
-) -> tuple[bool, int] | None:
-    """(folded, splits), or None for the plain grid."""
-    few = grid_for(q, v, asked, target)
-    return None if few is None else (few.folded, few.grid[1] if len(few.grid) > 1 else 1)
 
 
 # With what the interpreter makes of each: whether heads share a tile, and in how many the keys are split.
@@ -60,6 +36,8 @@ CASES = [
     (Case(batch=1, heads=3, kv_heads=1, seq_q=7, seq_k=133, causal="top_left"), (True, 1)),
     # The first query sees one key of a window that reaches beyond the keys, the last ones of the rest.
     (Case(batch=1, heads=6, seq_q=5, seq_k=133, window=(70, 9), softcap=2.0, sinks=True), (True, 2)),
+    # Without a right end.
+    (Case(batch=1, heads=2, kv_heads=1, seq_q=3, seq_k=133, window=(70, -1)), (True, 2)),
     # More queries than keys: the first ones see none.
     (Case(batch=1, heads=8, seq_q=16, seq_k=9, causal="bottom_right"), (True, 1)),
     (Case(heads=2, kv_heads=1, seq_q=4, seq_k=70, lengths=True, mask="bk"), (True, 2)),
@@ -85,12 +63,6 @@ def splits(count: int, programs: int, block_s: int = 4) -> Iterator[None]:
     config = DecodeConfig(TILES, count * programs, 1, CombineTiles(block_s, 1))
     with forced_config(select_decode_config, config):
         yield
-
-
-def decode_inputs(seq_q: int, groups: int, batch: int = 2, head_dim: int = 16) -> list[Tensor]:
-    """q, k, v with two key heads and 133 keys."""
-    shapes = ((2 * groups, seq_q), (2, 133), (2, 133))
-    return [make_tensor(batch, *shape, head_dim, seed=n) for n, shape in enumerate(shapes)]
 
 
 OPTIONS = {
@@ -248,151 +220,6 @@ def test_public_functions_take_few_queries(device: torch.device) -> None:
         rows = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         packed = fastattn.attention_varlen(*rows, *starts, 1, 133)
         torch.testing.assert_close(packed.unflatten(0, (2, 1)).transpose(1, 2), found, atol=1e-6, rtol=1e-6)
-
-
-def _meta(batch: int, heads: int, seq: int, width: int = 128) -> Tensor:
-    return torch.empty(batch, heads, seq, width, dtype=BF16, device="meta")
-
-
-GRIDS = {
-    "32-heads-of-8": ((1, 32, 8, 1, 32768), {}, (True, 33)),
-    "a-batch": ((16, 32, 8, 1, 8192), {}, (True, 2)),
-    "a-full-device": ((64, 32, 8, 1, 4096), {}, (True, 1)),
-    "tokens-of-a-draft": ((1, 32, 8, 8, 32768), {}, (True, 33)),
-    "one-key-head": ((1, 32, 1, 1, 131072), {}, (True, 264)),
-    "short-keys": ((1, 32, 8, 1, 1024), {}, (True, 4)),
-    "fewer-keys-than-a-split": ((1, 32, 8, 1, 100), {}, (True, 1)),
-    "no-groups": ((1, 8, 8, 1, 32768), {}, (False, 33)),
-    "a-window": ((1, 32, 8, 1, 32768), {"left": 1023, "right": 0, "bottom_right": True}, (True, 4)),
-    # Without a right end the last query sees no key but those before it, as no others are there.
-    "a-window-without-a-right-end": ((1, 32, 8, 1, 32768), {"left": 1023, "bottom_right": True}, (True, 4)),
-    "a-window-beyond-the-keys": (
-        (1, 32, 8, 1, 32768),
-        {"left": 1023, "right": 9999, "bottom_right": True},
-        (True, 4),
-    ),
-    "a-window-at-the-top-left": ((1, 32, 8, 1, 32768), {"left": 1023, "right": 512}, (True, 2)),
-    "a-top-left-window-without-a-right-end": ((1, 32, 8, 1, 32768), {"left": 1023}, (True, 33)),
-    "top-left": ((1, 32, 8, 1, 32768), {"right": 0}, (True, 1)),
-    "bottom-right": ((1, 32, 8, 1, 32768), {"right": 0, "bottom_right": True}, (True, 33)),
-    "more-queries": ((1, 32, 8, 32, 32768), {}, (True, 16)),
-    "more-queries-than-fold": ((1, 32, 8, 64, 32768), {}, (False, 8)),
-    "as-many-queries-as-keys": ((8, 12, 12, 128, 128), {}, None),
-    "a-training": ((2, 16, 4, 129, 32768), {}, None),
-    "a-bias-of-each-head": ((1, 32, 8, 1, 32768), {"bias": (1, 32, 1, 32768)}, (False, 8)),
-    "a-bias-of-all-heads": ((1, 32, 8, 1, 32768), {"bias": (1, 1, 1, 32768)}, (True, 33)),
-    "dropout": ((1, 32, 8, 1, 32768), {"dropout_p": 0.1}, (False, 8)),
-}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_grids_are_a_pure_function(name: str) -> None:
-    (batch, heads, kv_heads, seq_q, seq_k), options, expected = GRIDS[name]
-    given = {n: torch.empty(x, device="meta") if isinstance(x, tuple) else x for n, x in options.items()}
-    q, v = _meta(batch, heads, seq_q), _meta(batch, kv_heads, seq_k)
-    asked = AttentionOptions(1.0, **given)
-    assert grid_of(q, v, asked, H200) == expected
-    few = grid_for(q, v, asked, H200)
-    if expected is not None:
-        assert isinstance(few, FewQueriesGrid) and few.tiles.form == "pointers" and few.tiles.block_m >= 64
-
-
-REACHES = {
-    "full": {},
-    "bottom-right": {"right": 0, "bottom_right": True},
-    "top-left": {"right": 5},
-    "window": {"left": 40, "right": 3, "bottom_right": True},
-    "left": {"left": 40, "bottom_right": True},
-    "left-top-left": {"left": 40},
-}
-
-
-@pytest.mark.parametrize("name", REACHES)
-def test_keys_are_counted_as_the_mask_shows_them(name: str) -> None:
-    """From the first key that any query sees to the last, in round numbers from below."""
-    asked = AttentionOptions(1.0, **REACHES[name])
-    for seq_q, seq_k in product((1, 3, 16), (1, 31, 32, 33, 90, 257)):
-        rows, keys = torch.arange(seq_q)[:, None], torch.arange(seq_k)[None]
-        place = rows + (seq_k - seq_q if asked.bottom_right else 0)
-        seen = torch.ones(seq_q, seq_k, dtype=torch.bool)
-        seen &= keys >= place - asked.left if asked.left >= 0 else seen
-        seen &= keys <= place + asked.right if asked.right >= 0 else seen
-        columns = seen.any(0).nonzero()
-        exact = int(columns[-1] - columns[0]) + 1 if len(columns) else 0
-        counted = counted_keys((asked.left, asked.right, asked.bottom_right, 1, seq_q, seq_k))
-        assert counted == exact // 32 * 32
-
-
-def test_keys_are_counted_in_round_numbers() -> None:
-    """From below by at most a sixteenth or 31, the same again when counted again, and few of them."""
-    everything = [counted_keys((-1, -1, False, 1, 1, seq_k)) for seq_k in range(1 << 17)]
-    assert len(set(everything)) <= 8 * 16 + 16
-    for seq_k, counted in enumerate(everything):
-        assert 0 <= seq_k - counted <= max(31, seq_k // 16)
-        assert counted % 32 == 0 and counted_keys((-1, -1, False, 1, 1, counted)) == counted
-
-
-CACHES = {
-    # One that is concatenated anew at each step, so that strides of batches and heads change, and one that is filled.
-    "concatenated": lambda cache, length: cache[:, :, :length].contiguous(),
-    "filled": lambda cache, length: cache[:, :, :length],
-    "filled-seq-first": lambda cache, length: cache.transpose(1, 2).contiguous()[:, :length].transpose(1, 2),
-}
-
-
-@pytest.mark.parametrize("layout", CACHES)
-@pytest.mark.parametrize("name", ["full", "bottom-right", "window", "packed"])
-def test_a_growing_cache_has_few_plans(name: str, layout: str, device: torch.device) -> None:
-    """And each call its own number of keys: NaN lies behind, and a plan with an old number would miss the last key.
-
-    From 60 to 70 keys 64 are passed, where the interpreter begins to split.
-    """
-    q, k, v = (t.to(device) for t in decode_inputs(1, 4))
-    for tensor in (k, v):
-        tensor[:, :, 70:] = math.nan
-    asked = AttentionOptions(0.25, **REACHES.get(name, {}))
-    if name == "packed":
-        q, k, v = q[:1], k[:1], v[:1]
-    before, grids = _forward_plan.cache_info().misses, set()
-    for length in range(60, 70, 3):
-        keys, values = (CACHES[layout](t, length) for t in (k, v))
-        if name == "packed":
-            starts = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (1, length)]
-            asked = AttentionOptions(
-                0.25, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=1, max_seqlen_k=length
-            )
-        found = attention_forward(q, keys, values, *asked)
-        grids.add(grid_of(q, values, asked))
-        window = (asked.left, None) if asked.left >= 0 else None
-        wide = [t.double() for t in (q, keys, values)]
-        expected = reference.attention(*wide, scale=0.25, return_lse=True, window=window)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, atol=2e-6, rtol=2e-6)
-    assert grids == ({(True, 1)} if name == "window" else {(True, 1), (True, 2)})
-    assert _forward_plan.cache_info().misses - before <= (1 if name == "window" else 2)
-
-
-def test_splits_fill_rounds() -> None:
-    """Whole rounds, or the fullest of up to four; 1 where there are more programs than those hold."""
-    counts = {0: 1, 1: 264, 8: 33, 100: 5, 128: 2, 132: 2, 264: 1, 265: 3, 500: 1, 5000: 1}
-    assert {programs: splits_to_fill(programs, 264) for programs in counts} == counts
-    for programs in range(1, 1200):
-        found = splits_to_fill(programs, 264)
-        assert found >= 1 and (found == 1 or programs * found <= 4 * 264)
-        assert programs > 264 or found * programs >= 0.75 * 264
-
-
-@pytest.mark.parametrize("arch", KNOWN_TARGETS)
-def test_every_target_has_tiles_for_few_rows(arch: str) -> None:
-    target = KNOWN_TARGETS[arch]
-    for rows, width, dtype in product(
-        (1, 16, 17, 64, 65, 500), (16, 40, 64, 96, 100, 256, 512), (BF16, FP16, FP32)
-    ):
-        config = select_decode_config(rows, width, dtype, target)
-        assert config.tiles.form == "pointers" and min(config.tiles.block_m, config.tiles.block_n) >= 16
-        assert config.programs % target.multiprocessors == 0 and config.least_keys % 32 == 0
-        # Fewer rows never take a larger tile.
-        assert config.tiles.block_m <= select_decode_config(rows + 64, width, dtype, target).tiles.block_m
 
 
 REAL_SIZES = [
