@@ -120,6 +120,31 @@ def test_infinite_weights_of_keys_that_are_not_there(device: torch.device) -> No
         assert all(tensor.isfinite().all() for tensor in actual.values())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["heads", "sequences"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_rows_of_a_neighbour_get_nothing(config: AttentionConfig, packed: bool, device: torch.device) -> None:
+    """Rows beyond the last of a head or packed sequence are the next one's first: 0 is added to these, which changes
+    nothing, or NaN where a key is NaN. Of 20 queries the second tile has 12 such rows. And columns beyond the last, of
+    which a tile of 32 has 8, are the next row's: NaN where a query is.
+    """
+    case = AttentionCase(1, 2, 2, 20, 40, 24)
+    inputs = case.inputs(device)
+    spoiled = dict(inputs, k=inputs["k"].clone(), q=inputs["q"].clone())
+    spoiled["k"][:, 0, 3] = spoiled["q"][:, 1, 17] = math.nan
+    given = {}
+    if packed:
+        starts = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (20, 40)]
+        given = dict(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=20, max_seqlen_k=40)
+        inputs, spoiled = (
+            {name: t.reshape(1, 1, -1, *t.shape[3:]) for name, t in of.items()} for of in (inputs, spoiled)
+        )
+    expected, found = (run(of, options_of(case, **given), config)["dq"] for of in (inputs, spoiled))
+    expected, found = (dq.reshape(2, 20, 24) for dq in (expected, found))
+    assert found[0].isnan().all() and found[1, 17].isnan().all()
+    rows = torch.arange(20, device=device) != 17
+    torch.testing.assert_close(found[1, rows], expected[1, rows])
+
+
 def test_rows_that_float32_would_put_off_16_bytes(device: torch.device) -> None:
     """16-bit rows of 18, 24 apart, are a descriptor's; of as many float32 it would refuse those of 18."""
     case = AttentionCase(1, 2, 1, 20, 40, 18, dtype=torch.bfloat16)
