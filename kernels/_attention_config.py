@@ -269,10 +269,20 @@ _BITS = {torch.float32: 32, torch.float8_e4m3fn: 8}
 def select_attention_config(
     head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
 ) -> AttentionConfig:
-    """The tiles for a head dimension up to 512 (the wider of q's and v's), a dtype and a target.
+    """The tiles for a head dimension up to 512 (the wider of q's and v's), a dtype and a target: the form that ships.
 
     `load` is what modifies the scores: "plain", "light", "thin", "plane" or "heavy", see `score_load`.
     """
+    # Which is made of this module's.
+    from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
+
+    return select_attention_form(head_dim, dtype, target, load, SHIPPED_FORM)
+
+
+def pointers_config(
+    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
+) -> AttentionConfig:
+    """The same of the form "pointers", which serves every call; modelled, whatever was measured."""
     if target.backend == "interpreter":
         return _INTERPRETED_ATTENTION
     family, bits = attention_family(target), _BITS.get(dtype, 16)

@@ -15,14 +15,19 @@ the benchmarks' providers and the tests ask for. Imports no Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import (
+    AttentionConfig,
+    AttentionTiles,
+    pointers_config,
+    select_attention_config,
+)
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target
@@ -89,21 +94,15 @@ _FORMS["warp_groups", 256] = replace(
 )
 
 
-# Without what `tunable` puts before it: a measured config may be of another form.
-_modelled_config: Callable[..., AttentionConfig] = getattr(
-    select_attention_config, "__wrapped__", select_attention_config
-)
-
-
 def select_attention_form(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", form: str = SHIPPED_FORM
+    head_dim: int, dtype: torch.dtype, target: Target, load: str, form: str
 ) -> AttentionConfig:
-    """The config of a form, or that of "pointers" where `form_reason` says why there is none.
+    """The modelled config of a form, or that of "pointers" where `form_reason` says why there is none.
 
-    Of the form that ships it is the measured one, where there is one, of whatever form that is.
+    What was measured goes before that of `SHIPPED_FORM`, in `select_attention_config`, and is of whatever form.
     """
     if form == "pointers" or form_reason(head_dim, dtype, target, load, form) is not None:
-        return select_attention_config(head_dim, dtype, target, load)
+        return pointers_config(head_dim, dtype, target, load)
     return _FORMS[form, _width(head_dim)]
 
 
@@ -204,13 +203,13 @@ def fitting_config(
     target: Target,
     load: str,
 ) -> AttentionConfig:
-    """The config of a launch: the given one or the shipped form's, if it can read the tensors.
+    """The config of a launch if it can read the tensors: the given one, the measured one or the shipped form's.
 
     Else the modelled one of "pointers", whatever was given or measured: tiles for descriptors need not fit without.
     `described`: whether descriptors can read the tensors, see `layout_reason`.
     """
     if config is None:
-        config = select_attention_form(head_dim, dtype, target, load)
+        config = select_attention_config(head_dim, dtype, target, load)
     if not uses_descriptors(config):
         return config
     # With specialized warps, a loop that loads more than its rows is not known to compile.
@@ -218,7 +217,7 @@ def fitting_config(
     plain = "specialized" in forms or "warp_groups" in forms
     if described and (load == "plain" or not plain):
         return config
-    return _modelled_config(head_dim, dtype, target, load)
+    return pointers_config(head_dim, dtype, target, load)
 
 
 def uses_descriptors(config: AttentionConfig) -> bool:

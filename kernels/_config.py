@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -120,11 +120,17 @@ def _measured_config(overrides: _Overrides, key: Key, target: Target, model: Cal
 
 def with_fields(config: Any, fields: dict[str, Any]) -> Any:
     """A config with the values of these fields, of which a dictionary is the fields of a config in it."""
-    values = {
-        name: with_fields(getattr(config, name), value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-    }
-    return replace(config, **values)
+    return replace(config, **{name: _field(config, name, value) for name, value in fields.items()})
+
+
+def _field(config: Any, name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    held = getattr(config, name)
+    if held is None:  # attention's dv, of whose type None is the other half
+        made: Any = next(filter(is_dataclass, get_args(get_type_hints(type(config))[name])))
+        return made(**value)
+    return with_fields(held, value)
 
 
 @contextmanager

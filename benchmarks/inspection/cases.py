@@ -23,7 +23,7 @@ from benchmarks.cases import (
 )
 from benchmarks.inspection.launches import Launch, record_launches
 from fastattn.kernels._attention_config import score_load
-from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
+from fastattn.kernels._attention_forms import select_attention_form
 from fastattn.kernels._layout import halves
 from fastattn.kernels._pointwise_config import GELU_FORMS
 from fastattn.ops._attention_call import Features, options_of
@@ -123,7 +123,8 @@ def launches_of(case: OpCase, arch: str, **options: object) -> list[Launch]:
     return launches
 
 
-def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
+def _launch_attention(case: AttentionCase, form: str | None = None) -> None:
+    """In the form that a call takes, or another."""
     from fastattn.kernels import _target
     from fastattn.kernels.attention_backward import attention_backward
     from fastattn.kernels.attention_forward import attention_forward
@@ -134,8 +135,8 @@ def _launch_attention(case: AttentionCase, form: str = SHIPPED_FORM) -> None:
     causal = keywords.pop("causal")
     options = options_of(q, k, causal, None, Features(**keywords) if keywords else None)
     target, load = _target.target_of(q.device), score_load(options)
-    config = select_attention_form(case.head_dim, case.dtype, target, load, form)
-    out, lse = attention_forward(q, k, v, *options, config=None if form == SHIPPED_FORM else config)
+    config = None if form is None else select_attention_form(case.head_dim, case.dtype, target, load, form)
+    out, lse = attention_forward(q, k, v, *options, config=config)
     if case.seq_q == 1:  # a step of decoding, without gradients
         return
     dout = torch.empty_like(out)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-from benchmarks.cases import AttentionCase, LayerNormCase, RotaryCase
+from benchmarks.cases import AttentionCase, AttentionE4M3Case, LayerNormCase, RotaryCase
 from benchmarks.inspection.cases import launches_of, shipped_cases
 from benchmarks.tuning import spaces
 from benchmarks.tuning.compiling import Compilation, distinct
@@ -16,8 +16,9 @@ from benchmarks.tuning.plan import plan, tuning_cases
 from fastattn.kernels import _config
 from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
 from fastattn.kernels._attention_forms import FORMS, select_attention_form
-from fastattn.kernels._config import forced_config
+from fastattn.kernels._config import forced_config, measured_configs
 from fastattn.kernels._linear_config import LinearConfig, select_linear_config
+from fastattn.kernels._measurement import Measured, Run
 from fastattn.kernels._norm_config import select_norm_backward_config, select_norm_forward_config
 from fastattn.kernels._pointwise_config import GeluConfig, select_gelu_config
 from fastattn.kernels._rotary_config import RotaryConfig, select_rotary_config
@@ -144,6 +145,23 @@ def test_attentions_forms_are_candidates_where_they_have_tiles(arch, options, se
     for new in spaces.candidates(task.config, "forward", target, None, task.starts):
         assert replace(new, forward=task.config.forward) == task.config
         assert f"form={new.forward.form}" in spaces.label(new, "forward")
+
+
+def test_every_form_is_a_candidate_again_where_another_was_measured():
+    """Also the one that ships; operands of e4m3 have no forms."""
+    target = KNOWN_TARGETS["sm_90"]
+    measured = select_attention_form(128, BF16, target, "plain", "descriptors")
+    entry = Measured(asdict(measured), 1.0, 1.2, ("a case",), "a run")
+    run = Run("an H200", target.multiprocessors, "", "", "", "")
+    table = {"select_attention_config": {("sm_90", 16, 128, "plain"): entry}}
+    case = AttentionCase(2, 4, 256, 128, causal="top_left", dtype=BF16)
+    with measured_configs(table, {"a run": run}):
+        (task,) = plan([case], target, ["attention"])
+        assert task.config == measured
+        tried = [new.forward for new in spaces.candidates(task.config, "forward", target, None, task.starts)]
+    assert select_attention_config(128, BF16, target).forward in tried[:24]
+    (task,) = plan([AttentionE4M3Case(2, 4, 256, 128)], target, ["attention"])
+    assert task.key[1] == 8 and task.starts == ()
 
 
 def test_the_limit_of_registers_is_a_choice_on_nvidias():

@@ -266,7 +266,7 @@ def test_forms_are_a_pure_function() -> None:
         for form in FORMS[1:]:
             assert reason in str(form_reason(*kind, form))
             assert select_attention_form(*kind, form) == select_attention_config(*kind)
-    assert select_attention_form(64, bf16, SM_90) == pointers
+    assert select_attention_form(64, bf16, SM_90, "plain", SHIPPED_FORM) == pointers
     with pytest.raises(
         ValueError,
         match="form='tma' must be one of pointers, descriptors, specialized, reduction, warp_groups",

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn.kernels import _config
+from fastattn.kernels import _attention_forms, _config
 from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
 from fastattn.kernels._attention_decode_config import select_decode_config
-from fastattn.kernels._attention_forms import fitting_config, select_attention_form
+from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, select_attention_form
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
 from fastattn.kernels._loss_config import (
@@ -245,10 +245,38 @@ def test_a_forced_config_can_be_of_one_key():
 def test_a_measured_form_of_attentions_loop_is_chosen_and_falls_back():
     """To the modelled tiles of pointers where descriptors cannot read the rows: the entry is of another form."""
     modelled = select_attention_config(128, BF16, H200)
-    new = select_attention_form(128, BF16, H200, form="descriptors")
+    new = select_attention_form(128, BF16, H200, "plain", "descriptors")
     table = {"select_attention_config": {("sm_90", 16, 128, "plain"): entry_of(new)}}
     with measured_configs(table, RUN):
         assert fitting_config(None, True, 128, BF16, H200, "plain") == new
         assert fitting_config(None, False, 128, BF16, H200, "plain") == modelled
         assert fitting_config(None, True, 64, BF16, H200, "plain").forward.form == "pointers"
     assert fitting_config(None, True, 128, BF16, H200, "plain") == modelled
+
+
+@pytest.mark.parametrize("shipped", FORMS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_was_measured_goes_before_the_form_that_ships(
+    shipped: str, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever forms both are of; one that is forced goes before both. An entry may have tiles for dv alone."""
+    monkeypatch.setattr(_attention_forms, "SHIPPED_FORM", shipped)
+    call = (head_dim, BF16, H200, "plain")
+    forms = {form: select_attention_form(*call, form) for form in FORMS if form_reason(*call, form) is None}
+    modelled = forms.get(shipped, forms["pointers"])
+    assert fitting_config(None, True, *call) == modelled == select_attention_config(*call)
+    assert fitting_config(None, False, *call) == forms["pointers"]
+    assert select_attention_config(head_dim, FP32, H200).forward.form == "pointers"
+    for form, measured in forms.items():
+        table = {"select_attention_config": {("sm_90", 16, head_dim, "plain"): entry_of(measured)}}
+        with measured_configs(table, RUN):
+            with asked_configs() as asked:
+                assert fitting_config(None, True, *call) == measured, form
+            assert [(of.key, of.config) for of in asked] == [(("sm_90", 16, head_dim, "plain"), measured)]
+            assert fitting_config(None, False, *call) == forms["pointers"]
+            # A form that is asked for by name is its own.
+            assert {name: select_attention_form(*call, name) for name in forms} == forms
+            for forced in forms.values():
+                with forced_config(select_attention_config, forced):
+                    assert fitting_config(None, True, *call) == forced
+    assert fitting_config(None, True, *call) == modelled

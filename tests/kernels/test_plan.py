@@ -82,7 +82,7 @@ def test_a_forced_config_goes_before_a_kept_plan_of_attention() -> None:
 
 def test_what_descriptors_cannot_read_has_a_plan_of_its_own() -> None:
     """Of one layout: whether descriptors can read it also depends on addresses, which no plan may."""
-    config = select_attention_form(64, torch.bfloat16, TARGET, form="descriptors")
+    config = select_attention_form(64, torch.bfloat16, TARGET, "plain", "descriptors")
     with_them = forward_plan(*attention_layout(config=config))
     without = forward_plan(*attention_layout(config=config), described=False)
     assert with_them.descriptors and with_them.forward.tiles is config.forward
