@@ -65,6 +65,7 @@ class BackwardPlan(NamedTuple):
 Strides = tuple[tuple[int, ...], ...]
 
 
+@planned
 def forward_plan(
     shape_q: tuple[int, ...],
     shape_v: tuple[int, ...],
@@ -87,7 +88,7 @@ def forward_plan(
         folds: see `may_fold`.
         described: whether descriptors can read the tensors.
     """
-    # Of k and v only what a further key leaves as it is.
+    # Kept for the call as it is, one look-up where nothing grows, and for it less what a further key changes.
     return _forward_plan(
         shape_q, shape_v[1], shape_v[3], strides, dtype, load,
         (*reach[:5], counted_keys(reach)), config, target, folds, described,
