@@ -338,8 +338,10 @@ def score_load(asked: AttentionOptions) -> str:
     a tile has one row or one column, at most with one of those or another of its kind. "plane": a bias or mask without
     such a broadcast, at most with one that has it. "heavy": dropout, and everything else.
     """
-    planes = [plane for plane in (asked.bias, asked.mask) if plane is not None]
-    whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes) if planes else 0
+    planes, whole = [], 0
+    if asked.bias is not None or asked.mask is not None:
+        planes = [plane for plane in (asked.bias, asked.mask) if plane is not None]
+        whole = sum(not any(is_broadcast(plane, dim) for dim in (2, 3)) for plane in planes)
     others = (asked.left >= 0) + (asked.softcap != 0.0) + (asked.alibi_slopes is not None)
     if asked.dropout_p or whole > 1 or (whole and others):
         return "heavy"
