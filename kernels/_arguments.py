@@ -1,7 +1,8 @@
 """Kernel arguments in tuples: a tensor with its strides, and all that modifies a score.
 
 Triton flattens a tuple, and compiles a field that is None away: `if score.bias is not None` costs nothing in a
-kernel without a bias.
+kernel without a bias. A tuple that is compared with None, asked for its type or returned may have no field in Triton 3.6
+that is None or a string: `Score` and `Sequences` have such, and are none of that.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ LOG2_E = 1.4426950408889634
 class Rows(NamedTuple):
     """A tensor (batch, heads, seq, width) whose last dimension is contiguous.
 
-    The strides count `unit` elements, 2, 4 or 8, or with None one: see `_in_elements`.
+    The strides count `unit` elements, 1, 2, 4 or 8: see `_in_elements`.
     """
 
     ptr: Any
     stride_b: Any
     stride_h: Any
     stride_m: Any
-    unit: Any = None
+    unit: Any = tl.constexpr(1)
 
 
 class Plane(NamedTuple):
     """A tensor (batch, heads, seq_q, seq_k); a stride is 0 where it is broadcast.
 
-    stride_m and stride_n are None then: a tile of such a plane is one row or one column, and loaded as one. size_n is
-    its own number of keys, of which Triton knows whether 16 divides it: only then can loads that it bounds be wide.
+    `along` says of stride_m (1) and stride_n (2) which are not: a tile of a plane that is broadcast is one row or one
+    column, and loaded as one. size_n is its own number of keys, of which Triton knows whether 16 divides it: only then
+    can loads that it bounds be wide.
     """
 
     ptr: Any
@@ -48,6 +50,7 @@ class Plane(NamedTuple):
     stride_m: Any
     stride_n: Any
     size_n: Any
+    along: Any = tl.constexpr(3)
 
 
 class Matrix(NamedTuple):
@@ -73,17 +76,11 @@ class Dropout(NamedTuple):
     kept_scale: Any
 
 
-class SoftCap(NamedTuple):
-    """The cap in base 2, and the form of tanh in `fastattn.kernels._math`."""
-
-    cap: Any
-    form: Any
-
-
 class Score(NamedTuple):
     """What becomes of a product q . k, see `fastattn.kernels._scores`; a field is None where nothing is asked for.
 
-    `scale` gives the score in base 2, or with `softcap` the argument of tanh, whose result the cap turns into one.
+    `scale` gives the score in base 2, or with `softcap`, in base 2, the argument of tanh, whose result the cap turns
+    into one; `tanh` is the form of it in `fastattn.kernels._math`.
     """
 
     scale: Any
@@ -93,6 +90,7 @@ class Score(NamedTuple):
     mask: Any
     dropout: Any
     quantized: Any = None
+    tanh: Any = None
 
 
 class Quantized(NamedTuple):
@@ -127,7 +125,7 @@ def _in_elements(rows):
     Triton knows of an argument whether 16 divides it and nothing else; of a product with a constant it knows that. Rows
     of 72 or 100 elements are loaded 16 or 8 bytes at a time so, and else element by element.
     """
-    if isinstance(rows, tl.tensor_descriptor) or rows.unit is None:
+    if isinstance(rows, tl.tensor_descriptor) or rows.unit == 1:
         return rows
     else:
         return Rows(rows.ptr, rows.stride_b * rows.unit, rows.stride_h * rows.unit, rows.stride_m * rows.unit)
@@ -153,15 +151,19 @@ def plane_of(tensor: Tensor) -> Plane:
     stride_b, stride_h, stride_m, stride_n = (
         0 if is_broadcast(tensor, dim) else tensor.stride(dim) for dim in range(4)
     )
-    return Plane(tensor, stride_b, stride_h, stride_m or None, stride_n or None, tensor.size(3))
+    along = _ALONG[(stride_m != 0) + 2 * (stride_n != 0)]
+    return Plane(tensor, stride_b, stride_h, stride_m, stride_n, tensor.size(3), along)
+
+
+_ALONG = tuple(map(tl.constexpr, range(4)))
 
 
 def score_of(options: AttentionOptions, like: Tensor) -> Score:
     """What becomes of the scores of a query like this one."""
-    scale, softcap = options.scale * LOG2_E, None
+    scale, softcap, tanh = options.scale * LOG2_E, None, None
     if options.softcap:
-        scale = options.scale / options.softcap
-        softcap = SoftCap(options.softcap * LOG2_E, tl.constexpr(_tanh_form(like)))
+        scale, softcap = options.scale / options.softcap, options.softcap * LOG2_E
+        tanh = tl.constexpr(_tanh_form(like))
     slopes = options.alibi_slopes
     return Score(
         scale,
@@ -172,6 +174,8 @@ def score_of(options: AttentionOptions, like: Tensor) -> Score:
         None if options.bias is None else plane_of(options.bias),
         None if options.mask is None else plane_of(options.mask.view(torch.uint8)),
         dropout_of(options.dropout_seed, options.dropout_p),
+        None,
+        tanh,
     )
 
 

@@ -17,25 +17,19 @@ E4M3_BLOCK = tl.constexpr(128)
 @triton.jit
 def _terms_of(score, batch, head, kv_head, first_row, HEADS, KV_HEADS, SEQ_Q, SEQ_K, BLOCK_M: tl.constexpr):
     """What makes scores of e4m3 products: a factor and a summand a row, each (BLOCK_M, 1), and where the keys' scales
-    are; None in other calls."""
-    if score.quantized is None:
-        return None
-    else:
-        rows = first_row + tl.arange(0, BLOCK_M)
-        corner = score.quantized.terms_ptr + (batch * HEADS + head) * 2 * SEQ_Q
-        factor = tl.load(corner + rows, mask=rows < SEQ_Q, other=0.0)
-        summand = tl.load(corner + SEQ_Q + rows, mask=rows < SEQ_Q, other=0.0)
-        scales = score.quantized.k_scales_ptr + (batch * KV_HEADS + kv_head) * tl.cdiv(SEQ_K, E4M3_BLOCK)
-        return (factor * score.scale)[:, None], (summand * score.scale)[:, None], scales
+    are. Other calls have None instead, which a function cannot return in Triton 3.6."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    corner = score.quantized.terms_ptr + (batch * HEADS + head) * 2 * SEQ_Q
+    factor = tl.load(corner + rows, mask=rows < SEQ_Q, other=0.0)
+    summand = tl.load(corner + SEQ_Q + rows, mask=rows < SEQ_Q, other=0.0)
+    scales = score.quantized.k_scales_ptr + (batch * KV_HEADS + kv_head) * tl.cdiv(SEQ_K, E4M3_BLOCK)
+    return (factor * score.scale)[:, None], (summand * score.scale)[:, None], scales
 
 
 @triton.jit
 def _terms_of_tile(terms, first_key):
     """Factor and summand of a tile's scores, of `_terms_of`."""
-    if terms is None:
-        return None
-    else:
-        return terms[0] * tl.load(terms[2] + first_key // E4M3_BLOCK), terms[1]
+    return terms[0] * tl.load(terms[2] + first_key // E4M3_BLOCK), terms[1]
 
 
 @triton.jit

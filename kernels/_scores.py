@@ -27,12 +27,12 @@ def _load_plane(plane, batch, head, first_row, first_key, rows, keys, SEQ_Q, OTH
     bounded by the plane's size and not by the sequence's, which may hide more of them: what lies between is ignored.
     """
     corner = plane.ptr + batch * plane.stride_b + head * plane.stride_h
-    if plane.stride_m is None and plane.stride_n is None:
+    if plane.along == 0:
         return tl.load(corner)
-    elif plane.stride_m is None:
+    elif plane.along == 2:
         corner += tl.cast(first_key, tl.int64) * plane.stride_n
         return tl.load(corner + keys * plane.stride_n, mask=first_key + keys < plane.size_n, other=OTHER)
-    elif plane.stride_n is None:
+    elif plane.along == 1:
         corner += tl.cast(first_row, tl.int64) * plane.stride_m
         return tl.load(corner + rows * plane.stride_m, mask=first_row + rows < SEQ_Q, other=OTHER)
     else:
@@ -59,9 +59,9 @@ def _scores_of(
         scores = products * terms[0] + terms[1]
     cap_slope = 1.0
     if score.softcap is not None:
-        bent = _tanh(scores, score.softcap.form)
+        bent = _tanh(scores, score.tanh)
         cap_slope = 1.0 - bent * bent
-        scores = bent * score.softcap.cap
+        scores = bent * score.softcap
     if score.slopes is not None:
         # slope * |i + offset - j|, from a product a row and a product a key rather than one for each score. Both
         # count from the tile's first key, so that the difference keeps its digits near the diagonal.

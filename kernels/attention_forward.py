@@ -91,7 +91,9 @@ def _attend_keys(
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
         k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        of_tile = _terms_of_tile(terms, first_key)
+        of_tile = None
+        if terms is not None:
+            of_tile = _terms_of_tile(terms, first_key)
         scores, _cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET, of_tile
         )
@@ -204,7 +206,11 @@ def _attention_forward_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    terms = _terms_of(score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M)
+    terms = None
+    if score.quantized is not None:
+        terms = _terms_of(
+            score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M
+        )
     if sinks_ptr is not None:
         # One more key, seen first, whose value is 0.
         row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E

@@ -71,7 +71,8 @@ def _cross_entropy_backward_kernel(
             scale = scale / tl.load(kept_ptr)
     # A target that is no class makes its row NaN, as its loss.
     scale = tl.where(kept, tl.where(known, scale, float("nan")), 0.0)
-    of_softmax, of_target, share = _coefficients(scale, pivot + log_sum, CLASSES, smoothing, z_loss)
+    of_softmax, of_target = _coefficients(scale, pivot + log_sum, smoothing, z_loss)
+    share = None if smoothing is None else scale * smoothing / CLASSES
     if dlse_ptr is not None:
         # d lse / dx_j = p_j, for ignored rows too.
         kept = row_inside

@@ -197,7 +197,8 @@ def _cross_entropy_forward_kernel(
         of_target = tl.where(known, 1.0, float("nan"))
         if scale_ptr is not None:
             of_target *= tl.load(scale_ptr + rows, mask=row_inside, other=0.0)
-        of_softmax, of_target, share = _coefficients(of_target, pivot + log_sum, CLASSES, smoothing, z_loss)
+        share = None if smoothing is None else of_target * smoothing / CLASSES
+        of_softmax, of_target = _coefficients(of_target, pivot + log_sum, smoothing, z_loss)
         columns = tl.arange(0, BLOCK_N)
         # No warp may write before all have read the target's logit.
         tl.debug_barrier()
@@ -210,18 +211,18 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
-def _coefficients(scale, lse, CLASSES, smoothing, z_loss):
+def _coefficients(scale, lse, smoothing, z_loss):
     """What `_write_gradient` multiplies with, for rows whose loss has the gradient `scale` (BLOCK_M,).
 
-    d loss / dx_j = (1 + 2 z lse) p_j - (1 - s) onehot_j - s / classes.
+    d loss / dx_j = (1 + 2 z lse) p_j - (1 - s) onehot_j - s / classes, whose last term is not among them: where there
+    is none it is None, which a function cannot return in Triton 3.6.
     """
-    of_softmax, of_target, share = scale, scale, None
+    of_softmax, of_target = scale, scale
     if z_loss is not None:
         of_softmax = scale * (lse * (2.0 * z_loss) + 1.0)
     if smoothing is not None:
         of_target = scale * (1.0 - smoothing)
-        share = scale * smoothing / CLASSES
-    return of_softmax, of_target, share
+    return of_softmax, of_target
 
 
 @triton.jit(do_not_specialize=["ROWS", "ignore_index"])
