@@ -4,10 +4,9 @@ and whether dq is added up by atomics.
 "pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
 tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
 compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "warp_groups" does
-the same by hand, in Gluon, for the forward and, to a head_dim of 64, for dk and dv, so that a group's exponentials run
-beside its own next product. "reduction" is
-"descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the same bits on every run. A
-call that asks for these has the kernels of "descriptors" instead.
+the same by hand, in Gluon, for the forward and for dk and dv, so that a group's exponentials run beside its own next
+product. "reduction" is "descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the
+same bits on every run. A call that asks for these has the kernels of "descriptors" instead.
 
 Nothing of this has been measured on a GPU: "pointers" is what a call gets, the others what `config=` of the launchers,
 the benchmarks' providers and the tests ask for. Imports no Triton.
@@ -84,13 +83,18 @@ _FORMS["reduction", 128] = replace(
 _FORMS["warp_groups", 64] = replace(
     _FORMS["descriptors", 64],
     forward=AttentionTiles(128, 128, 4, 4, "warp_groups"),
-    dk_dv=AttentionTiles(128, 128, 4, 2, "warp_groups"),
+    dk_dv=AttentionTiles(128, 128, 4, 4, "warp_groups"),
 )
 _FORMS["warp_groups", 128] = replace(
-    _FORMS["descriptors", 128], forward=AttentionTiles(128, 128, 4, 2, "warp_groups")
+    _FORMS["descriptors", 128],
+    forward=AttentionTiles(128, 128, 4, 2, "warp_groups"),
+    dk_dv=AttentionTiles(64, 128, 4, 4, "warp_groups"),
 )
 _FORMS["warp_groups", 256] = replace(
-    _FORMS["descriptors", 256], forward=AttentionTiles(128, 64, 4, 2, "warp_groups")
+    _FORMS["descriptors", 256],
+    forward=AttentionTiles(128, 64, 4, 2, "warp_groups"),
+    dk_dv=AttentionTiles(64, 128, 4, 2, "warp_groups"),
+    dv=AttentionTiles(64, 128, 4, 2, "warp_groups"),
 )
 
 

@@ -1,8 +1,11 @@
 """Attention, backward for keys and values, on sm_90: `attention_backward_dk_dv` by warp groups, in Gluon.
 
-As in FlashAttention-3 (Shah et al., 2024): one warp loads tiles of queries and of gradients into rings in shared
+As in FlashAttention-3 (Shah et al., 2024): one warp loads tiles of queries and of gradients into a ring each in shared
 memory, and each of two warp groups owns 64 keys. A group issues k q^T and v dO^T together, computes the weights while
 the second runs, and the gradients of the scores while P^T dO runs; the other group's work overlaps with either.
+
+Scalars, and descriptors of a product's operands, take registers beside two accumulators: hence one loop with branches
+for all kinds of tiles, indices that are found again, and for wide tiles `_here`.
 
 Imported by a launch of this form alone: Gluon is experimental, and no other kernel needs it.
 """
@@ -18,10 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
+from fastattn.kernels._attention_config import AttentionTiles
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._math import LOG2_E
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._target import Target
 from fastattn.kernels._tiles import _key_window, _query_schedule, _split_program
 from fastattn.kernels._warp_groups import (
     _FEW_REGISTERS,
@@ -62,65 +67,89 @@ def _attention_statistics_kernel(
 
 @gluon.jit
 def _produce(
-    q, dout, k, v, statistics, queries, own, batch, kv_head, heads, GROUPS, first_key, begin, lap, PADDED, ROWS
+    q, dout, k, v, statistics, own, queries, gradients, batch, kv_head, heads, GROUPS, first_key, begin, lap, SEQ_Q,
+    ROWS, NEEDS_DK: gl.constexpr,
 ):  # fmt: skip
     """The loads of a program: its own keys and values, then tiles of queries, head after head of the group."""
-    tiles, full = own
-    keys, values = tiles
+    keys, values, arrived = own
     CONSUMERS: gl.constexpr = keys.shape[0]
     for group in gl.static_range(CONSUMERS):
-        barrier = full.index(group)
-        mbarrier.expect(barrier, k.block_type.nbytes + v.block_type.nbytes)
+        barrier = arrived.index(group)
         corner = [batch, kv_head, first_key + group * _ROWS, 0]
+        if NEEDS_DK:
+            mbarrier.expect(barrier, k.block_type.nbytes + v.block_type.nbytes)
+            _copy(v, corner, barrier, values.index(group))
+        else:
+            mbarrier.expect(barrier, k.block_type.nbytes)
         _copy(k, corner, barrier, keys.index(group))
-        _copy(v, corner, barrier, values.index(group))
-    tiles, full, free = queries
-    rows, gradients, shifts, deltas = tiles
+    rows, shifts = queries[0]
+    tiles, deltas = gradients[0]
     BLOCK_M: gl.constexpr = shifts.shape[1]
-    nbytes: gl.constexpr = q.block_type.nbytes + dout.block_type.nbytes + 2 * statistics.block_type.nbytes
-    for step in range(lap * GROUPS):
-        head = kv_head * GROUPS + step // lap
-        first_row = begin + step % lap * BLOCK_M
-        place = (batch * heads + head) * PADDED + first_row
-        slot, barrier = _claim(full, free, step, nbytes)
-        _copy(q, [batch, head, first_row, 0], barrier, rows.index(slot))
-        _copy(statistics, [place], barrier, shifts.index(slot))
-        _copy(dout, [batch, head, first_row, 0], barrier, gradients.index(slot))
-        _copy(statistics, [ROWS + place], barrier, deltas.index(slot))
+    q_bytes: gl.constexpr = q.block_type.nbytes + statistics.block_type.nbytes
+    dout_bytes: gl.constexpr = dout.block_type.nbytes + (statistics.block_type.nbytes if NEEDS_DK else 0)
+    padded = gl.cdiv(SEQ_Q, BLOCK_M) * BLOCK_M
+    for member in range(GROUPS):
+        head = kv_head * GROUPS + member
+        for tile in range(lap):
+            step = member * lap + tile
+            first_row = begin + tile * BLOCK_M
+            place = (batch * heads + head) * padded + first_row
+            slot, barrier = _claim(queries[1], queries[2], step, q_bytes)
+            _copy(q, [batch, head, first_row, 0], barrier, rows.index(slot))
+            _copy(statistics, [place], barrier, shifts.index(slot))
+            slot, barrier = _claim(gradients[1], gradients[2], step, dout_bytes)
+            _copy(dout, [batch, head, first_row, 0], barrier, tiles.index(slot))
+            if NEEDS_DK:
+                _copy(statistics, [ROWS + place], barrier, deltas.index(slot))
+
+
+@gluon.jit
+def _mask(weights, ahead):
+    """0 for a query that does not see its key; the first key's first query is `ahead` rows behind the tile's first.
+
+    Eighths of rows are compared with what their places in an eighth leave: constants with four numbers of a thread.
+    """
+    SCORES: gl.constexpr = weights.type.layout
+    rows = gl.expand_dims(gl.arange(0, weights.shape[1], layout=gl.SliceLayout(0, SCORES)), 0)
+    keys = gl.expand_dims(gl.arange(0, weights.shape[0], layout=gl.SliceLayout(1, SCORES)) + ahead, 1)
+    return gl.where((rows & -8) >= keys - (rows & 7), weights, 0.0)
 
 
 @gluon.jit
 def _step(
-    k, v, dk, dv, queries, scale_log2, ahead, step,
-    MASKED: gl.constexpr, NEEDS_DK: gl.constexpr, NEEDS_DV: gl.constexpr,
+    own, dk, dv, queries, gradients, scale_log2, ahead, step,
+    GROUP: gl.constexpr, HAS_RIGHT: gl.constexpr, NEEDS_DK: gl.constexpr, NEEDS_DV: gl.constexpr,
 ):  # fmt: skip
-    """Adds dS^T Q and P^T dO of a tile of queries; scores are (keys, queries).
-
-    ahead: by how many rows the first query that sees the first key lies behind the tile's first.
-    """
-    slot = _await(queries, step)
-    q, dout = _tile(queries[0][0], slot), _tile(queries[0][1], slot)
-    BLOCK_M: gl.constexpr = q.shape[0]
+    """Adds dS^T Q and P^T dO of a tile of queries; scores are (keys, queries)."""
+    keys, values, _ = own
+    BLOCK_M: gl.constexpr = queries[0][1].shape[1]
+    ANEW: gl.constexpr = keys.shape[4] + gradients[0][0].shape[4] > 256
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
     zeros = gl.zeros([_ROWS, BLOCK_M], gl.float32, SCORES)
+    slot = _here(_await(queries, step), ANEW)
+    place = _here(GROUP, ANEW)
+    k, q = _tile(keys, place), _tile(queries[0][0], slot)
     products = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    at = _here(_await(gradients, step), ANEW)
+    dout = _tile(gradients[0][0], at)
     if NEEDS_DK:
+        v = _tile(values, place)
         dweights = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     products = warpgroup_mma_wait(1 if NEEDS_DK else 0, deps=[products])
-    shift = queries[0][2].index(slot).load(QUERIES)
+    shift = queries[0][1].index(slot).load(QUERIES)
     weights = gl.exp2(gl.fma(products, scale_log2, gl.expand_dims(shift, 0)))
-    if MASKED:
-        # Counted from the tile's own place, and not found once for all tiles: that would take registers of every loop.
-        rows = gl.expand_dims(gl.arange(0, BLOCK_M, layout=QUERIES) - ahead, 0)
-        keys = gl.expand_dims(gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SCORES)), 1)
-        weights = gl.where(rows >= keys, weights, 0.0)
+    if HAS_RIGHT:
+        if ahead > 1 - _ROWS:
+            weights = _mask(weights, ahead)
     if NEEDS_DV:
         kept = gl.convert_layout(weights.to(dout.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
         dv = warpgroup_mma(kept, dout, dv, is_async=True)
     if NEEDS_DK:
         dweights = warpgroup_mma_wait(1 if NEEDS_DV else 0, deps=[dweights])
-        delta = queries[0][3].index(slot).load(QUERIES)
+        delta = gradients[0][1].index(at).load(QUERIES)
+        if not NEEDS_DV:
+            _release(gradients, step)
         dscores = weights * (dweights - gl.expand_dims(delta, 0))
         dscores = gl.convert_layout(dscores.to(q.dtype), gl.DotOperandLayout(0, dk.type.layout, 2))
         dk = warpgroup_mma(dscores, q, dk, is_async=True)
@@ -131,44 +160,60 @@ def _step(
     else:
         dv = warpgroup_mma_wait(0, deps=[dv])
     _release(queries, step)
+    if NEEDS_DV:
+        _release(gradients, step)
     return dk, dv
 
 
 @gluon.jit
+def _here(index, ANEW: gl.constexpr):
+    """An index, with ANEW one that the compiler does not know: what depends on it is not computed before the loop.
+
+    Descriptors of wide tiles, one for each 16 columns, would take more registers than a loop has.
+    """
+    if ANEW:
+        return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [gl.to_tensor(index)], gl.int32, False, 1)
+    else:
+        return index
+
+
+@gluon.jit
 def _consume(
-    queries, own, dk_rows, dv_rows, scale, heads, GROUPS, block_key, begin, lap, SEQ_Q, SEQ_K, HIGH,
+    own, queries, gradients, dk_rows, dv_rows, scale, heads, GROUPS, block_key, begin, lap, SEQ_K, HIGH,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_DIM: gl.constexpr, HAS_RIGHT: gl.constexpr,
     NEEDS_DK: gl.constexpr, NEEDS_DV: gl.constexpr,
 ):  # fmt: skip
     """What one warp group does: 64 keys of a program's block."""
-    tiles, arrived = own
-    keys, values = tiles
-    BLOCK_M: gl.constexpr = queries[0][2].shape[1]
+    keys, _, arrived = own
+    BLOCK_M: gl.constexpr = queries[0][1].shape[1]
     BLOCK_D: gl.constexpr = keys.shape[4]
-    BLOCK_V: gl.constexpr = values.shape[4]
+    BLOCK_V: gl.constexpr = gradients[0][0].shape[4]
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
     first_key = block_key + GROUP * _ROWS
-    # Each head has `lap` tiles: these keys see none of the first `unseen`, and all of them from `full` on.
-    unseen, full, _f, _e = _query_schedule(first_key, SEQ_Q, 0, HIGH, False, HAS_RIGHT, BLOCK_M, _ROWS)
-    unseen = gl.minimum((unseen - begin) // BLOCK_M, lap)
-    full = gl.minimum((full - begin) // BLOCK_M, lap)
     scale_log2 = scale * LOG2_E
     dk = gl.zeros([_ROWS, BLOCK_D], gl.float32, DK)
     dv = gl.zeros([_ROWS, BLOCK_V], gl.float32, DV)
     mbarrier.wait(arrived.index(GROUP), 0)
-    k, v = _tile(keys, GROUP), _tile(values, GROUP)
+    # One loop with branches and not one for each kind of tile: between loops, scalars had no registers.
     for member in range(GROUPS):
-        first = member * lap
-        for step in range(first, first + unseen):
-            _await(queries, step)
-            _release(queries, step)
-        if HAS_RIGHT:
-            for step in range(first + unseen, first + full):
-                ahead = first_key - HIGH - begin - (step - first) * BLOCK_M
-                dk, dv = _step(k, v, dk, dv, queries, scale_log2, ahead, step, True, NEEDS_DK, NEEDS_DV)
-        for step in range(first + full, first + lap):
-            dk, dv = _step(k, v, dk, dv, queries, scale_log2, 0, step, False, NEEDS_DK, NEEDS_DV)
+        for tile in range(lap):
+            step = member * lap + tile
+            # By how many rows the first query that sees the first key lies behind the tile's first.
+            ahead = first_key - HIGH - begin - tile * BLOCK_M
+            if HAS_RIGHT:
+                seen = ahead < BLOCK_M
+            else:
+                seen = True
+            if seen:
+                dk, dv = _step(
+                    own, dk, dv, queries, gradients, scale_log2, ahead, step, GROUP, HAS_RIGHT, NEEDS_DK, NEEDS_DV,
+                )  # fmt: skip
+            else:
+                _await(queries, step)
+                _release(queries, step)
+                _await(gradients, step)
+                _release(gradients, step)
     HEADS, HEADS_TOGETHER, HEADS_ABSENT, BLOCK_N = heads
     # Found again: kept, they would take registers throughout the loop.
     _t, batch, head = _split_program(gl.cdiv(SEQ_K, BLOCK_N), HEADS, HEADS_TOGETHER, HEADS_ABSENT)
@@ -178,12 +223,16 @@ def _consume(
         _store_rows_of_group(dv_rows, dv, batch, head, first_key, SEQ_K, V_DIM, keys.dtype)
 
 
+@gluon.jit
+def _ring(slots, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    return slots, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+
+
 @gluon.jit(
     do_not_specialize=[
         "KV_HEADS",
         "SEQ_Q",
         "SEQ_K",
-        "PADDED",
         "ROWS",
         "RIGHT",
         "HEADS_TOGETHER",
@@ -203,7 +252,6 @@ def _attention_dk_dv_warp_groups_kernel(
     GROUPS,
     SEQ_Q,
     SEQ_K,
-    PADDED,
     ROWS,
     RIGHT,
     HEADS_TOGETHER,
@@ -217,12 +265,14 @@ def _attention_dk_dv_warp_groups_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    STAGES_DOUT: gl.constexpr,
 ):
     """One program computes BLOCK_N = 128 rows of dk and dv of one key head, 64 a warp group.
 
     Grid (cdiv(SEQ_K, BLOCK_N) * KV_HEADS * batch,), as of `_attention_dk_dv_kernel`. q, k, v and dout are descriptors
     of tiles (1, 1, 64 or BLOCK_M, width), statistics of BLOCK_M numbers of what `_attention_statistics_kernel` finds,
-    (2, ROWS), PADDED a head, a multiple of BLOCK_M; dk and dv are `Rows`.
+    (2, ROWS), of each head SEQ_Q rounded up to a multiple of BLOCK_M; dk and dv are `Rows`. STAGES and STAGES_DOUT are
+    slots for tiles of q and of dO.
     """
     CONSUMERS: gl.constexpr = BLOCK_N // _ROWS
     blocks = gl.cdiv(SEQ_K, BLOCK_N)
@@ -232,28 +282,28 @@ def _attention_dk_dv_warp_groups_kernel(
     begin, _f, _e, end = _query_schedule(first_key, SEQ_Q, 0, high, False, HAS_RIGHT, BLOCK_M, BLOCK_N)
     lap = gl.cdiv(gl.maximum(end - begin, 0), BLOCK_M)
 
-    own = ((_slots(k, CONSUMERS), _slots(v, CONSUMERS)), _barriers(CONSUMERS, 1))
-    queries = (
-        (_slots(q, STAGES), _slots(dout, STAGES), _slots(statistics, STAGES), _slots(statistics, STAGES)),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, CONSUMERS),
-    )
+    keys, deltas, values = _slots(k, CONSUMERS), None, None
+    if NEEDS_DK:
+        deltas, values = _slots(statistics, STAGES_DOUT), _slots(v, CONSUMERS)
+    own = (keys, values, _barriers(CONSUMERS, 1))
+    queries = _ring((_slots(q, STAGES), _slots(statistics, STAGES)), STAGES, CONSUMERS)
+    gradients = _ring((_slots(dout, STAGES_DOUT), deltas), STAGES_DOUT, CONSUMERS)
     heads = (KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT, BLOCK_N)
     batch = batch.to(gl.int32)
     head = head.to(gl.int32)
     gl.warp_specialize(
         [
             (_consume, (
-                queries, own, dk, dv, scale, heads, GROUPS, first_key, begin, lap, SEQ_Q, SEQ_K, high,
+                own, queries, gradients, dk, dv, scale, heads, GROUPS, first_key, begin, lap, SEQ_K, high,
                 0, HEAD_DIM, V_DIM, HAS_RIGHT, NEEDS_DK, NEEDS_DV,
             )),
             (_consume, (
-                queries, own, dk, dv, scale, heads, GROUPS, first_key, begin, lap, SEQ_Q, SEQ_K, high,
+                own, queries, gradients, dk, dv, scale, heads, GROUPS, first_key, begin, lap, SEQ_K, high,
                 1, HEAD_DIM, V_DIM, HAS_RIGHT, NEEDS_DK, NEEDS_DV,
             )),
             (_produce, (
-                q, dout, k, v, statistics, queries, own, batch, head, KV_HEADS * GROUPS, GROUPS, first_key, begin, lap,
-                PADDED, ROWS,
+                q, dout, k, v, statistics, own, queries, gradients, batch, head, KV_HEADS * GROUPS, GROUPS, first_key,
+                begin, lap, SEQ_Q, ROWS, NEEDS_DK,
             )),
         ],
         [4, 1],
@@ -262,11 +312,23 @@ def _attention_dk_dv_warp_groups_kernel(
 
 
 _STATISTICS = 1024  # rows of a program
+_BARRIERS = 1024  # bytes of barriers and of what Triton itself keeps in shared memory, and more
 
 _CONSTANTS = (
     "KV_HEADS", "GROUPS", "SEQ_Q", "SEQ_K", "RIGHT", "HAS_RIGHT", "BOTTOM_RIGHT", "HEAD_DIM", "V_DIM", "BLOCK_M",
     "BLOCK_N", "num_warps",
 )  # fmt: skip
+
+
+def _stages_of_gradients(
+    tiles: AttentionTiles, width_q: int, width_v: int, needs_dk: bool, target: Target
+) -> int:
+    """Slots for tiles of dO: as many as for those of q, or what their room in shared memory leaves, at least one."""
+    statistics = 4 * tiles.block_m
+    keys = 2 * tiles.block_n * (width_q + width_v * needs_dk)
+    queries = tiles.num_stages * (2 * tiles.block_m * width_q + statistics)
+    room = target.shared_memory - _BARRIERS - keys - queries
+    return min(tiles.num_stages, max(1, room // (2 * tiles.block_m * width_v + statistics)))
 
 
 def launch_dk_dv_warp_groups(
@@ -283,7 +345,7 @@ def launch_dk_dv_warp_groups(
 ) -> None:
     """Fills dk and dv, each unless it is None, where `fastattn.kernels._attention_forms` has no reason against it."""
     width_q, width_v = width_of(q.size(3)), width_of(v.size(3))
-    rows = launch.tiles.block_m
+    rows, target = launch.tiles.block_m, _target.target_of(q.device)
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
@@ -310,11 +372,11 @@ def launch_dk_dv_warp_groups(
             dk=Rows(dk, *dk.stride()[:3]),
             dv=Rows(dv, *dv.stride()[:3]),
             scale=asked.scale,
-            PADDED=padded,
             ROWS=count,
             NEEDS_DK=needs_dk,
             NEEDS_DV=needs_dv,
             STAGES=launch.tiles.num_stages,
+            STAGES_DOUT=_stages_of_gradients(launch.tiles, width_q, width_v, needs_dk, target),
             # A section of one head is head after head.
             HEADS_TOGETHER=launch.constants["HEADS_TOGETHER"] or 1,
             HEADS_ABSENT=launch.constants["HEADS_ABSENT"] or 0,
