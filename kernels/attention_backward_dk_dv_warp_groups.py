@@ -4,8 +4,8 @@ As in FlashAttention-3 (Shah et al., 2024): one warp loads tiles of queries and 
 memory, and each of two warp groups owns 64 keys. A group issues k q^T and v dO^T together, computes the weights while
 the second runs, and the gradients of the scores while P^T dO runs; the other group's work overlaps with either.
 
-Scalars, and descriptors of a product's operands, take registers beside two accumulators: hence one loop with branches
-for all kinds of tiles, indices that are found again, and for wide tiles `_here`.
+Scalars, and descriptors of a product's operands, take registers beside the accumulators: hence one loop with branches
+for all kinds of tiles, and indices that are found again.
 
 Imported by a launch of this form alone: Gluon is experimental, and no other kernel needs it.
 """
@@ -74,6 +74,8 @@ def _produce(
     keys, values, arrived = own
     CONSUMERS: gl.constexpr = keys.shape[0]
     for group in gl.static_range(CONSUMERS):
+        # Over at once, and a branch: the addresses of all these copies together have no registers.
+        mbarrier.wait(queries[2].index(0), 1)
         barrier = arrived.index(group)
         corner = [batch, kv_head, first_key + group * _ROWS, 0]
         if NEEDS_DK:
@@ -123,18 +125,19 @@ def _step(
     """Adds dS^T Q and P^T dO of a tile of queries; scores are (keys, queries)."""
     keys, values, _ = own
     BLOCK_M: gl.constexpr = queries[0][1].shape[1]
-    ANEW: gl.constexpr = keys.shape[4] + gradients[0][0].shape[4] > 256
+    # 0, which the compiler cannot know: descriptors of wide tiles, one for each 16 columns, would all be found before
+    # the loop, and take more registers than it has.
+    nothing = step >> 30 if NEEDS_DK and keys.shape[4] + gradients[0][0].shape[4] > 256 else 0
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
     zeros = gl.zeros([_ROWS, BLOCK_M], gl.float32, SCORES)
-    slot = _here(_await(queries, step), ANEW)
-    place = _here(GROUP, ANEW)
-    k, q = _tile(keys, place), _tile(queries[0][0], slot)
+    slot = _await(queries, step) + nothing
+    k, q = _tile(keys, GROUP + nothing), _tile(queries[0][0], slot)
     products = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    at = _here(_await(gradients, step), ANEW)
+    at = _await(gradients, step) + nothing
     dout = _tile(gradients[0][0], at)
     if NEEDS_DK:
-        v = _tile(values, place)
+        v = _tile(values, GROUP + nothing)
         dweights = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     products = warpgroup_mma_wait(1 if NEEDS_DK else 0, deps=[products])
     shift = queries[0][1].index(slot).load(QUERIES)
@@ -163,18 +166,6 @@ def _step(
     if NEEDS_DV:
         _release(gradients, step)
     return dk, dv
-
-
-@gluon.jit
-def _here(index, ANEW: gl.constexpr):
-    """An index, with ANEW one that the compiler does not know: what depends on it is not computed before the loop.
-
-    Descriptors of wide tiles, one for each 16 columns, would take more registers than a loop has.
-    """
-    if ANEW:
-        return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [gl.to_tensor(index)], gl.int32, False, 1)
-    else:
-        return index
 
 
 @gluon.jit
@@ -282,12 +273,13 @@ def _attention_dk_dv_warp_groups_kernel(
     begin, _f, _e, end = _query_schedule(first_key, SEQ_Q, 0, high, False, HAS_RIGHT, BLOCK_M, BLOCK_N)
     lap = gl.cdiv(gl.maximum(end - begin, 0), BLOCK_M)
 
-    keys, deltas, values = _slots(k, CONSUMERS), None, None
-    if NEEDS_DK:
-        deltas, values = _slots(statistics, STAGES_DOUT), _slots(v, CONSUMERS)
+    keys, shifts, gradients = _slots(k, CONSUMERS), _slots(statistics, STAGES), _slots(dout, STAGES_DOUT)
+    # dv alone reads no values and no delta: others stand for them.
+    values = _slots(v, CONSUMERS) if NEEDS_DK else keys
+    deltas = _slots(statistics, STAGES_DOUT) if NEEDS_DK else shifts
     own = (keys, values, _barriers(CONSUMERS, 1))
-    queries = _ring((_slots(q, STAGES), _slots(statistics, STAGES)), STAGES, CONSUMERS)
-    gradients = _ring((_slots(dout, STAGES_DOUT), deltas), STAGES_DOUT, CONSUMERS)
+    queries = _ring((_slots(q, STAGES), shifts), STAGES, CONSUMERS)
+    gradients = _ring((gradients, deltas), STAGES_DOUT, CONSUMERS)
     heads = (KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT, BLOCK_N)
     batch = batch.to(gl.int32)
     head = head.to(gl.int32)

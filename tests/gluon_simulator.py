@@ -383,14 +383,6 @@ class _Language:
     def to_tensor(self, number: float) -> Value:
         return _value(number)
 
-    def inline_asm_elementwise(
-        self, assembly: str, constraints: str, arguments: Sequence[Value], dtype: Any, pure: bool, pack: int
-    ) -> Value:
-        """Of copies alone, which hide a value from the compiler."""
-        if assembly != "mov.u32 $0, $1;" or len(arguments) != 1:
-            raise NotImplementedError(assembly)
-        return arguments[0]
-
     def cast(self, x: Any, dtype: torch.dtype) -> Value:
         return _value(x).to(dtype)
 

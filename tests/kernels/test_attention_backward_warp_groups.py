@@ -52,7 +52,7 @@ def run(
     """dk and dv by tiles of 32 queries, from inputs and into outputs that lie among NaN.
 
     stages_dout: slots for tiles of dO, where not as many as for those of q.
-    width: columns of a tile; of more than 128 indices are hidden from the compiler.
+    width: columns of a tile.
     """
     from fastattn.kernels.attention_backward_dk_dv_warp_groups import (
         _attention_dk_dv_warp_groups_kernel,
@@ -174,8 +174,8 @@ CHANGES = {
     **RING_CHANGES,
     "no-wait-for-the-keys": ("mbarrier.wait(arrived.index(GROUP), 0)", "pass"),
     "bytes-of-no-delta-expected": ("statistics.block_type.nbytes if NEEDS_DK else 0", "0"),
-    "queries-not-awaited": ("slot = _here(_await(queries, step), ANEW)", "slot = step % 2"),
-    "gradients-not-awaited": ("at = _here(_await(gradients, step), ANEW)", "at = 0"),
+    "queries-not-awaited": ("slot = _await(queries, step)", "slot = step % 2"),
+    "gradients-not-awaited": ("at = _await(gradients, step)", "at = 0"),
     "weights-read-before-their-product": ("warpgroup_mma_wait(1 if NEEDS_DK", "warpgroup_mma_wait(2 if NEEDS_DK"),
     "gradients-read-before-their-product": ("wait(1 if NEEDS_DV", "wait(2 if NEEDS_DV"),
     "queries-released-while-they-are-read": (END + END_FREES_QUERIES, END_FREES_QUERIES + END),

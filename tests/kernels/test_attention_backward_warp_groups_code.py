@@ -21,7 +21,7 @@ from benchmarks.inspection.cases import launches_of
 from benchmarks.inspection.rows import compile_row, failures, read_rows
 found, needs, others = [], [], set()
 for head_dim, causal, dtype in ((64, "top_left", "bfloat16"), (128, "top_left", "float16"), (128, False, "bfloat16"),
-                                (256, "top_left", "bfloat16")):
+                                (256, "top_left", "bfloat16"), (256, False, "bfloat16")):
     case = AttentionCase(2, 8, 4096, head_dim, kv_heads=2, causal=causal, dtype=getattr(torch, dtype))
     for launch in launches_of(case, "sm_90", form="warp_groups"):
         if launch.name == "attention_dk_dv_warp_groups":
@@ -49,7 +49,7 @@ def test_dk_dv_compile_within_the_limits(compiled: Any) -> None:
     """No spills, products on the tensor cores, registers for who computes, shared memory; and no other dk and dv."""
     others, rows, failures, needs, loops = compiled
     assert failures == [] and "attention_statistics" in others and "attention_dk_dv" not in others
-    assert needs == [[True, True]] * 3 + [[True, False], [False, True]]
+    assert needs == [[True, True]] * 3 + [[True, False], [False, True]] * 2
     for row, loop in zip(rows, loops, strict=True):
         assert row["spill_loads"] == row["spill_stores"] == row["stack"] == 0
         assert row["warp_specialized"] and row["shared"] <= 232_448 and row["programs"] == 1
@@ -72,6 +72,6 @@ def test_exponentials_run_beside_a_product(compiled: Any) -> None:
 
 def test_dk_dv_take_few_instructions_a_score(compiled: Any) -> None:
     """Of the loop with what it skips: under a causal mask also the mask. kernels/README.md has the other forms'."""
-    for row, most in zip(compiled[1], (9.8, 12.3, 9.2, 13.6, 9.4), strict=True):
+    for row, most in zip(compiled[1], (9.8, 12.3, 9.2, 13.9, 9.7, 10.5, 6.4), strict=True):
         queries = int(row["tile"].split("x")[0])
         assert row["loop_instructions"] * 128 / (64 * queries) < most, row["case"]
