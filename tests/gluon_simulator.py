@@ -314,6 +314,14 @@ class Pointer:
         return Pointer(self.memory, self.offset + offset)
 
 
+def _within(memory: Tensor, places: Tensor, what: str) -> Tensor:
+    """The places, all of which are the memory's."""
+    places = places.long()
+    if places.numel() and not (places.min() >= 0 and places.max() < memory.numel()):
+        raise SimulationError(f"a {what} leaves its tensor's memory")
+    return places
+
+
 class _Language:
     """What the kernel finds as `gl`, and as `tl` in helpers that it shares with Triton's kernels."""
 
@@ -326,6 +334,10 @@ class _Language:
         self.schedule, self.program, self.allocations = schedule, program, 0
         # Of layouts nothing is kept.
         self.SliceLayout = self.NVMMADistributedLayout = self.DotOperandLayout = lambda *_arguments: None
+
+    def static_assert(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise SimulationError(message)
 
     def program_id(self, axis: int) -> Value:
         return _value(self.program if axis == 0 else 0)
@@ -389,14 +401,16 @@ class _Language:
     def cdiv(self, x: Any, y: int) -> Any:
         return (x + y - 1) // y
 
-    def load(self, pointer: Pointer) -> Value:
-        return _value(pointer.memory[int(pointer.offset)])
+    def load(self, pointer: Pointer, mask: Any = True, other: float = 0.0) -> Value:
+        places, kept = torch.broadcast_tensors(_value(pointer.offset), _value(mask))
+        places, kept = places.as_subclass(Tensor), kept.as_subclass(Tensor)
+        found = torch.full(places.shape, other, dtype=pointer.memory.dtype)
+        found[kept] = pointer.memory[_within(pointer.memory, places[kept], "load")]
+        return _value(found)
 
     def store(self, pointer: Pointer, tile: Tensor, mask: Tensor) -> None:
         places, kept = torch.broadcast_tensors(pointer.offset, mask)
-        places = places[kept].long().as_subclass(Tensor)
-        if places.numel() and not (places.min() >= 0 and places.max() < pointer.memory.numel()):
-            raise SimulationError("a store leaves its tensor's memory")
+        places = _within(pointer.memory, places[kept].as_subclass(Tensor), "store")
         pointer.memory[places] = tile[kept].as_subclass(Tensor).to(pointer.memory.dtype)
 
 
