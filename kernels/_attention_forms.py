@@ -4,7 +4,7 @@ and whether dq is added up by atomics.
 "pointers" serves every call. "descriptors" loads a tile of rows with one instruction of one thread (sm_90's bulk
 tensor copies), which leaves the other threads the registers and instructions of the addresses. "specialized" has the
 compiler give the loads to a warp of their own and each half of the tile to a warp group of its own. "warp_groups" does
-the same by hand, in Gluon, for the forward and for dk and dv, so that a group's exponentials run beside its own next
+the same by hand, in Gluon, for the forward, dq, and dk and dv, so that a group's exponentials run beside its own next
 product. "reduction" is "descriptors" with dq added up beside dk, tile by tile in memory: fewer products, and not the
 same bits on every run. A call that asks for these has the kernels of "descriptors" instead.
 
@@ -83,16 +83,19 @@ _FORMS["reduction", 128] = replace(
 _FORMS["warp_groups", 64] = replace(
     _FORMS["descriptors", 64],
     forward=AttentionTiles(128, 128, 4, 4, "warp_groups"),
+    dq=AttentionTiles(128, 128, 4, 4, "warp_groups"),
     dk_dv=AttentionTiles(128, 128, 4, 4, "warp_groups"),
 )
 _FORMS["warp_groups", 128] = replace(
     _FORMS["descriptors", 128],
     forward=AttentionTiles(128, 128, 4, 2, "warp_groups"),
+    dq=AttentionTiles(128, 128, 4, 3, "warp_groups"),
     dk_dv=AttentionTiles(64, 128, 4, 4, "warp_groups"),
 )
 _FORMS["warp_groups", 256] = replace(
     _FORMS["descriptors", 256],
     forward=AttentionTiles(128, 64, 4, 2, "warp_groups"),
+    dq=AttentionTiles(128, 64, 4, 2, "warp_groups"),
     dk_dv=AttentionTiles(64, 128, 4, 2, "warp_groups"),
     dv=AttentionTiles(64, 128, 4, 2, "warp_groups"),
 )
@@ -140,6 +143,7 @@ def _gluon_reason() -> str | None:
     """Why the kernel in Gluon, which Triton calls experimental and may change, cannot be had, or None."""
     try:
         import fastattn.kernels.attention_backward_dk_dv_warp_groups
+        import fastattn.kernels.attention_backward_dq_warp_groups
         import fastattn.kernels.attention_forward_warp_groups  # noqa: F401
     except (ImportError, AttributeError, TypeError) as error:
         return f"warp_groups needs Triton's Gluon as of 3.6 to 3.9: {type(error).__name__}: {error}"
@@ -155,6 +159,13 @@ def warp_groups_reason(q: Tensor, target: Target, asked: AttentionOptions) -> st
             f"scale={asked.scale} must be above 0 for warp_groups, whose largest product is the largest score"
         )
     return layout_reason((q,), asked) or _gluon_reason()
+
+
+def dq_warp_groups_reason(target: Target) -> str | None:
+    """Why dq by warp groups cannot serve a call that descriptors of q, k, v and dO can, or None."""
+    if (target.backend, target.arch) != ("cuda", 90):
+        return f"warp_groups is written for sm_90, not for {target.name}"
+    return _gluon_reason()
 
 
 def dk_dv_warp_groups_reason(lse: Tensor, block_m: int, target: Target) -> str | None:

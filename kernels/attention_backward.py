@@ -26,7 +26,11 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, rows_of, score_of
 from fastattn.kernels._attention_config import AttentionConfig, score_load
-from fastattn.kernels._attention_forms import dk_dv_warp_groups_reason, layout_reason
+from fastattn.kernels._attention_forms import (
+    dk_dv_warp_groups_reason,
+    dq_warp_groups_reason,
+    layout_reason,
+)
 from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_gradient
@@ -118,6 +122,8 @@ def attention_backward(
     if plan.descriptors and layout_reason((q, k, v, dout), asked) is not None:
         plan = backward_plan(*layout, described=False)
     lse = lse.contiguous()
+    if plan.dq.tiles.form == "warp_groups" and dq_warp_groups_reason(_target.target_of(q.device)) is not None:
+        plan = backward_plan(*layout, described=False)
     if plan.dk_dv.tiles.form == "warp_groups":
         rows, target = plan.dk_dv.tiles.block_m, _target.target_of(q.device)
         if dk_dv_warp_groups_reason(lse, rows, target) is not None:

@@ -196,6 +196,11 @@ def launch_dq(
     launch: AttentionLaunch,
 ) -> None:
     tiles, grid, constants = launch
+    if tiles.form == "warp_groups":
+        from fastattn.kernels.attention_backward_dq_warp_groups import launch_dq_warp_groups
+
+        launch_dq_warp_groups(dq, dout, q, k, v, lse, delta, asked, launch)
+        return
     _target.launcher(_attention_dq_kernel, grid, q, tiles.form == "specialized")(
         q=rows_of(q),
         k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),

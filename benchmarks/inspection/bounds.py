@@ -169,6 +169,7 @@ _PRODUCTS_OF_A_SCORE = {
     "attention_forward": 2,
     "attention_forward_warp_groups": 2,
     "attention_dq": 3,
+    "attention_dq_warp_groups": 3,
     "attention_dk_dv": 4,
     "attention_dk_dv_warp_groups": 4,
 }

@@ -185,6 +185,7 @@ _FIXED = {
 # What no call launches by itself, and what reads it instead.
 _BY_NAME = {
     "attention_forward_warp_groups": "tests/kernels/test_attention_warp_groups_code.py",
+    "attention_dq_warp_groups": "tests/kernels/test_attention_dq_warp_groups_code.py",
     "attention_dk_dv_warp_groups": "tests/kernels/test_attention_backward_warp_groups_code.py",
     "attention_statistics": "tests/kernels/test_attention_backward_warp_groups_code.py",
 }

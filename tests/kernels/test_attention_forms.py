@@ -250,7 +250,8 @@ def test_forms_are_a_pure_function() -> None:
         config = select_attention_form(head_dim, bf16, SM_90, "plain", form)
         assert config.reduce_dq == (form == "reduction")
         assert config.forward.form == form.replace("reduction", "descriptors")
-        assert config.dq.form in FORMS[:2]
+        # The compiler cannot divide what dq reads of each row.
+        assert config.dq.form == (form if form in ("pointers", "warp_groups") else "descriptors")
         for tiles in (config.forward, config.dq, config.dk_dv, config.dv or config.dk_dv):
             # The compiler divides a tile over two warp groups only if the program has one.
             assert tiles.num_warps == (4 if tiles.form in FORMS[2:] else 8)
