@@ -145,6 +145,10 @@ def _step(
     if HAS_RIGHT:
         if ahead > 1 - _ROWS:
             weights = _mask(weights, ahead)
+    elif not NEEDS_DV:
+        # Over long ago: a branch, as that of the mask, beyond which the assembler does not move the exponentials, to
+        # behind the next wait.
+        _await(queries, step)
     if NEEDS_DV:
         kept = gl.convert_layout(weights.to(dout.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
         dv = warpgroup_mma(kept, dout, dv, is_async=True)
