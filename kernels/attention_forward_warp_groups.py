@@ -35,6 +35,7 @@ from fastattn.kernels._warp_groups import (
     _release,
     _slots,
     _store_rows_of_group,
+    _tile,
     described_rows,
     width_of,
 )
@@ -74,7 +75,9 @@ def _weigh(
         last = rows * 0 + (SEQ_K - 1 - first_key)
         if HAS_RIGHT:
             last = gl.minimum(last, rows + (first_row + HIGH - first_key))
-        products = gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(last, 1), products, float("-inf"))
+        # Eighths of keys are compared with what their places in an eighth leave: constants with four numbers.
+        keys = gl.expand_dims(keys, 0)
+        products = gl.where((keys & -8) <= gl.expand_dims(last, 1) - (keys & 7), products, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(products, 1) * scale)
     # A row that has seen no key yet has maximum -inf: a finite pivot makes its weights 0 and not NaN.
     pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -86,8 +89,8 @@ def _weigh(
 
 @gluon.jit
 def _step(
-    q, keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, step, SEQ_K, HIGH,
-    HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr,
+    queries, keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, step, SEQ_K, HIGH,
+    GROUP: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """Adds a tile whose products q . k are given, and returns those of the next one, which run beside the softmax."""
     BLOCK_N: gl.constexpr = keys[0].shape[3]
@@ -96,6 +99,10 @@ def _step(
     if not LAST:
         zeros = gl.zeros([_ROWS, BLOCK_N], gl.float32, SCORES)
         next_keys = _arrived(keys, step + 1).permute((1, 0))
+        # 0, which the compiler cannot know: descriptors of a wide q, one for each 16 columns, would all be found before
+        # the loop, and take more registers than it has.
+        nothing = step >> 30 if queries.shape[4] > 128 else 0
+        q = _tile(queries, GROUP + nothing)
         running = warpgroup_mma(q, next_keys, zeros, use_acc=False, is_async=True)
     weights, rescale, row_max, row_sum = _weigh(
         products,
@@ -148,7 +155,7 @@ def _consume(
     row_sum = gl.where(row_max == float("-inf"), 0.0, 1.0)
     accumulator = gl.zeros([_ROWS, BLOCK_V], gl.float32, OUT)
     mbarrier.wait(queries[1].index(GROUP), 0)
-    q = queries[0].index(GROUP).reshape([_ROWS, queries[0].shape[4]])
+    q = _tile(queries[0], GROUP)
     zeros = gl.zeros([_ROWS, BLOCK_N], gl.float32, SCORES)
     products = warpgroup_mma(q, _arrived(keys, begin).permute((1, 0)), zeros, use_acc=False)
     _release(keys, begin)
@@ -156,18 +163,18 @@ def _consume(
     full += (tiles - 1 - full) & 1
     for step in range(begin, gl.minimum(full, tiles - 1)):
         products, accumulator, row_max, row_sum = _step(
-            q, keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, step, SEQ_K, HIGH,
-            HAS_RIGHT, True, False,
+            queries[0], keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, step, SEQ_K,
+            HIGH, GROUP, HAS_RIGHT, True, False,
         )  # fmt: skip
     for pair in range(full, tiles - 1, 2):
         for second in gl.static_range(2):
             products, accumulator, row_max, row_sum = _step(
-                q, keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, pair + second,
-                SEQ_K, HIGH, HAS_RIGHT, False, False,
+                queries[0], keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles,
+                pair + second, SEQ_K, HIGH, GROUP, HAS_RIGHT, False, False,
             )  # fmt: skip
     products, accumulator, row_max, row_sum = _step(
-        q, keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, tiles - 1, SEQ_K, HIGH,
-        HAS_RIGHT, True, True,
+        queries[0], keys, values, products, accumulator, row_max, row_sum, scale, first_row, tiles, tiles - 1, SEQ_K,
+        HIGH, GROUP, HAS_RIGHT, True, True,
     )  # fmt: skip
     _store(
         accumulator, row_max, row_sum, out, lse_ptr, heads, SEQ_Q, first_row, keys[0].dtype, BLOCK_M, V_DIM

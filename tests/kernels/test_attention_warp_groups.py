@@ -32,8 +32,9 @@ def run(
     together: int = 1,
     sinks: Tensor | None = None,
     change: tuple[str, str] | None = None,
+    width: int = 16,
 ) -> dict[str, Tensor]:
-    """out and lse by tiles of 32 keys, from inputs and into outputs that lie among NaN."""
+    """out and lse by tiles of 32 keys, q's and k's `width` wide, from inputs and into outputs that lie among NaN."""
     from fastattn.kernels.attention_forward_warp_groups import _attention_forward_warp_groups_kernel
 
     inputs = case.inputs(torch.device("cpu"))
@@ -45,8 +46,8 @@ def run(
         -(-case.seq_q // 128) * case.heads * case.batch,
         seed,
         change,
-        q=Descriptor(q, [1, 1, 64, 16]),
-        k=Descriptor(k, [1, 1, 32, 16]),
+        q=Descriptor(q, [1, 1, 64, width]),
+        k=Descriptor(k, [1, 1, 32, width]),
         v=Descriptor(v, [1, 1, 32, 16]),
         out=Rows(Pointer.to(out), *out.stride()[:3]),
         lse_ptr=Pointer.to(lse),
@@ -95,6 +96,12 @@ def test_warp_groups_are_right_under_any_schedule(case: AttentionCase, stages: i
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_a_wide_q_is_the_same() -> None:
+    case = CASES[1]
+    found = run(case, 1, width=256)
+    assert_attention_accurate(case, case.inputs(torch.device("cpu")), found)
+
+
 def test_sinks_are_one_more_key() -> None:
     """One that counts, and one of -inf, which does not; rows without a key have the sink as lse."""
     case = AttentionCase(1, 2, 1, 70, 45, 16, "bottom_right", dtype=BF16)
@@ -138,6 +145,8 @@ CHANGES = {
     "tiles-skipped-and-not-released": ("        _arrived(keys, step)\n        _release(keys, step)", "        pass"),
     "values-of-another-tile": ("first + BLOCK_N, values", "first, values"),
     "a-full-tile-too-many": ("tiles - full_end // BLOCK_N, begin)", "tiles - full_end // BLOCK_N - 1, begin)"),
+    "a-key-too-few": ("(keys & -8) <=", "(keys & -8) <"),
+    "eighths-of-keys-alone-masked": ("gl.expand_dims(last, 1) - (keys & 7)", "gl.expand_dims(last, 1)"),
     "a-group-without-a-step": ("gl.maximum(gl.cdiv(end, BLOCK_N), 1)\n    full", "gl.cdiv(end, BLOCK_N)\n    full"),
 }  # fmt: skip
 
