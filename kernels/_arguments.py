@@ -1,8 +1,8 @@
 """Kernel arguments in tuples: a tensor with its strides, and all that modifies a score.
 
 Triton flattens a tuple, and compiles a field that is None away: `if score.bias is not None` costs nothing in a
-kernel without a bias. A tuple that is compared with None, asked for its type or returned may have no field in Triton 3.6
-that is None or a string: `Score` and `Sequences` have such, and are none of that.
+kernel without a bias. A tuple that is compared with None, asked for its type or returned may have no field that is None
+or a string in Triton 3.6: `Score` and `Sequences` have such, and are none of that.
 """
 
 from __future__ import annotations
