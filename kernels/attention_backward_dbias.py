@@ -110,6 +110,7 @@ def _accumulate_dbias(
     return total
 
 
+# Each by itself: of a tuple's members Triton 3.6 and 3.7 make constants and multiples of 16, whatever is named here.
 @triton.jit(
     do_not_specialize=[
         "HEADS",

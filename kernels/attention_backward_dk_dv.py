@@ -124,6 +124,7 @@ def _accumulate_dk_dv(
     return dk, dv
 
 
+# Each by itself: of a tuple's members Triton 3.6 and 3.7 make constants and multiples of 16, whatever is named here.
 @triton.jit(
     do_not_specialize=[
         "KV_HEADS",

@@ -113,6 +113,7 @@ def _attend_keys(
     return accumulator, row_max, row_sum
 
 
+# Each by itself: of a tuple's members Triton 3.6 and 3.7 make constants and multiples of 16, whatever is named here.
 @triton.jit(
     do_not_specialize=[
         "HEADS",
