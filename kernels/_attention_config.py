@@ -259,9 +259,14 @@ _ATTENTION_LIGHT = {
 _BITS = {torch.float32: 32, torch.float8_e4m3fn: 8}
 
 
+def bits_of(dtype: torch.dtype) -> int:
+    """Of an element, as tables and keys have it: what is no float32 and no e4m3 has 16."""
+    return _BITS.get(dtype, 16)
+
+
 @tunable(
     lambda head_dim, dtype, target, load="plain": (
-        _BITS.get(dtype, 16),
+        bits_of(dtype),
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         load if head_dim <= 256 else "plain",
     )
@@ -285,7 +290,7 @@ def pointers_config(
     """The same of the form "pointers", which serves every call; modelled, whatever was measured."""
     if target.backend == "interpreter":
         return _INTERPRETED_ATTENTION
-    family, bits = attention_family(target), _BITS.get(dtype, 16)
+    family, bits = attention_family(target), bits_of(dtype)
     if bits == 8:
         blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
         tiles = _ATTENTION_E4M3["sm_100" if blackwell else family, _padded_width(head_dim)][load != "plain"]

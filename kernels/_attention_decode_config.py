@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastattn.kernels._attention_config import ATTENTION_WIDEST, AttentionTiles, attention_family
+from fastattn.kernels._attention_config import ATTENTION_WIDEST, AttentionTiles, attention_family, bits_of
 from fastattn.kernels._config import tunable
 from fastattn.kernels._target import Target
 
@@ -75,9 +75,13 @@ _DECODE_NARROW = {
     ("ampere", 128): (16, 32, 4, 3, 2),
     ("ampere", 256): (16, 32, 8, 3, 1),
 }
+# e4m3 has the tiles of 16 bits, none of which has fewer keys than the 32 of an 8-bit product's depth; but with those of
+# 128 on sm_90, 14 spill loads with every option and 8 with none.
+_DECODE_E4M3 = {("hopper", 128): (64, 64, 8, 3, 1)}
 _INTERPRETED_DECODE = DecodeConfig(
     AttentionTiles(16, 16, 1, 1, one_loop=True), programs=8, least_keys=32, combine=CombineTiles(2, 1)
 )
+_INTERPRETED_E4M3 = replace(_INTERPRETED_DECODE, tiles=AttentionTiles(16, 32, 1, 1, one_loop=True))
 _ROWS = (16, 64, 128)
 
 
@@ -87,7 +91,7 @@ def _row_class(rows: int) -> int:
 
 @tunable(
     lambda rows, head_dim, dtype, target: (
-        32 if dtype == torch.float32 else 16,
+        bits_of(dtype),
         64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
         _row_class(rows),
         head_dim % 16 == 0,
@@ -101,8 +105,8 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
         head_dim: up to 512, the wider of q's and v's.
     """
     if target.backend == "interpreter":
-        return _INTERPRETED_DECODE
-    family, bits = attention_family(target), 32 if dtype == torch.float32 else 16
+        return _INTERPRETED_E4M3 if bits_of(dtype) == 8 else _INTERPRETED_DECODE
+    family, bits = attention_family(target), max(16, bits_of(dtype))
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512
     if width == 512 and (family, bits, width, 16) not in _DECODE:
         return DecodeConfig(ATTENTION_WIDEST[family, bits], target.multiprocessors)
@@ -110,7 +114,9 @@ def select_decode_config(rows: int, head_dim: int, dtype: torch.dtype, target: T
     while (family, bits, width, of_rows) not in _DECODE:
         of_rows //= 2
     found = _DECODE[family, bits, width, of_rows]
-    if head_dim % 16 and bits == 16:
+    if bits_of(dtype) == 8:
+        found = _DECODE_E4M3.get((family, width), found)
+    elif head_dim % 16 and bits == 16:
         found = _DECODE_NARROW.get((family, width), found)
     block_m, block_n, num_warps, num_stages, programs = found
     tiles = AttentionTiles(block_m, block_n, num_warps, num_stages, one_loop=True)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 # Weights lie in [0, 1], and e4m3 from 2^-9 to 448: 2^8 times as large, they lose less at the small end.
 E4M3_SHIFT = tl.constexpr(8)
+E4M3_UNSHIFT = tl.constexpr(2.0**-8)
 
 
 # Keys that share a scale. Attention's tiles of keys divide it.
@@ -15,21 +16,54 @@ E4M3_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def _terms_of(score, batch, head, kv_head, first_row, HEADS, KV_HEADS, SEQ_Q, SEQ_K, BLOCK_M: tl.constexpr):
-    """What makes scores of e4m3 products: a factor and a summand a row, each (BLOCK_M, 1), and where the keys' scales
-    are. Other calls have None instead, which a function cannot return in Triton 3.6."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    corner = score.quantized.terms_ptr + (batch * HEADS + head) * 2 * SEQ_Q
-    factor = tl.load(corner + rows, mask=rows < SEQ_Q, other=0.0)
-    summand = tl.load(corner + SEQ_Q + rows, mask=rows < SEQ_Q, other=0.0)
-    scales = score.quantized.k_scales_ptr + (batch * KV_HEADS + kv_head) * tl.cdiv(SEQ_K, E4M3_BLOCK)
-    return (factor * score.scale)[:, None], (summand * score.scale)[:, None], scales
+def _first_block(batch, starts, start):
+    """The first of a sequence's blocks of E4M3_BLOCK keys, among those of its tensors' batch.
+
+    Packed, sequence n has the blocks from start // 128 + n on. It is the first to reach them: n sequences that end at
+    `start` have fewer blocks beyond start // 128 than there are of them. So total // 128 + sequences blocks are enough,
+    whatever the offsets, and no sum over sequences is needed.
+    """
+    if starts is None:
+        return batch * 0
+    else:
+        return start // E4M3_BLOCK + batch
+
+
+@triton.jit
+def _terms_of(
+    score, held, heads, kv_head, start, first_row, rows, rows_q, block, HEADS, KV_HEADS, SEQ_Q, SEQ_K
+):
+    """What makes scores of e4m3 products: a factor and a summand a row, each (BLOCK_M, 1), where the keys' scales are,
+    and how far apart. Other calls have None instead, which a function cannot return in Triton 3.6.
+
+    heads: of each row, or of all; start: the sequence's first row; block: of `_first_block`.
+    """
+    rows = first_row + rows
+    corner = score.quantized.terms_ptr + ((held * HEADS + heads) * 2 * SEQ_Q + start)
+    factor = tl.load(corner + rows, mask=rows < rows_q, other=0.0)
+    summand = tl.load(corner + (SEQ_Q + rows), mask=rows < rows_q, other=0.0)
+    block += held * tl.cdiv(SEQ_K, E4M3_BLOCK)
+    scales = score.quantized.k_scales_ptr + (block * KV_HEADS + kv_head)
+    return (factor * score.scale)[:, None], (summand * score.scale)[:, None], scales, KV_HEADS
 
 
 @triton.jit
 def _terms_of_tile(terms, first_key):
     """Factor and summand of a tile's scores, of `_terms_of`."""
-    return terms[0] * tl.load(terms[2] + first_key // E4M3_BLOCK), terms[1]
+    return terms[0] * tl.load(terms[2] + first_key // E4M3_BLOCK * terms[3]), terms[1]
+
+
+@triton.jit
+def _with_sink(row_max, row_sum, sink):
+    """(maximum, sum, factor of what was summed before) with one more key, whose score is `sink` and whose value is 0.
+
+    Behind all others: weights are rounded relative to the maximum so far, and a sink far above the keys, as the first
+    of them, would leave nothing of theirs.
+    """
+    new_max = tl.maximum(row_max, sink)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(row_max - pivot)
+    return new_max, row_sum * rescale + tl.exp2(sink - pivot + E4M3_SHIFT), rescale
 
 
 @triton.jit

@@ -23,12 +23,15 @@ from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._quantized import (
     E4M3_SHIFT,
+    E4M3_UNSHIFT,
     _add_values,
+    _first_block,
     _in_value_order,
     _load_value_scales,
     _load_value_tile,
     _terms_of,
     _terms_of_tile,
+    _with_sink,
 )
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
@@ -169,7 +172,7 @@ def _attention_forward_kernel(
     FOLDED: a tile's rows are those of all heads of a group, as `_heads_of_rows` says; MAX_SEQ_Q * GROUPS rows and
     HEADS // GROUPS heads in the grid. SPLIT: each program sees a part of the keys, of as many as axis 1 of the grid
     has. Then out, (batch * splits, HEADS, SEQ_Q, V_DIM), takes accumulators, lse, (batch * splits, 2, HEADS, SEQ_Q),
-    maxima in base 2 and sums, and sinks are `attention_combine`'s. e4m3 operands go with neither.
+    maxima in base 2 and sums, and sinks are `attention_combine`'s.
     """
     q, k, v, out = _in_elements(q), _in_elements(k), _in_elements(v), _in_elements(out)
     if FOLDED:
@@ -196,7 +199,9 @@ def _attention_forward_kernel(
         place = held * tl.num_programs(1) + tl.program_id(1)
     q_ptr = q.ptr + held * q.stride_b + column * q.stride_h + start_q * q.stride_m
     k_rows = _rows_at(k, held, kv_head, start_k)
-    v_rows = _rows_at(v, held, kv_head, start_k)
+    # A row of values in e4m3 is a block of keys.
+    block = _first_block(batch, sequences.starts_k, start_k)
+    v_rows = _rows_at(v, held, kv_head, start_k if score.quantized is None else block)
     out_ptr = out.ptr + place * out.stride_b + column * out.stride_h + start_q * out.stride_m
     lse_ptr += ((place * 2 if SPLIT else place) * HEADS + heads) * SEQ_Q + start_q
 
@@ -210,12 +215,12 @@ def _attention_forward_kernel(
     terms = None
     if score.quantized is not None:
         terms = _terms_of(
-            score, batch, head, kv_head, first_row, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K, BLOCK_M
-        )
-    if sinks_ptr is not None:
+            score, held, heads, kv_head, start_q, first_row, rows, rows_q, block, HEADS, HEADS // GROUPS, SEQ_Q, SEQ_K
+        )  # fmt: skip
+    if sinks_ptr is not None and terms is None:
         # One more key, seen first, whose value is 0.
         row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0 if terms is None else 1.0 * 2**E4M3_SHIFT)
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     slope = _slope_of(score.slopes, batch, column)
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -231,10 +236,17 @@ def _attention_forward_kernel(
             ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
 
+    if sinks_ptr is not None and terms is not None:
+        sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
+        row_max, row_sum, rescale = _with_sink(row_max, row_sum, sink)
+        accumulator = accumulator * rescale[:, None]
     result = accumulator
     if not SPLIT:
         # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
         result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    elif terms is not None:  # as `attention_combine` has them, and sinks
+        result = accumulator * E4M3_UNSHIFT
+        row_sum = row_sum * E4M3_UNSHIFT
     if terms is not None:
         result *= _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
     _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, rows)

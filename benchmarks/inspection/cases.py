@@ -59,6 +59,7 @@ def shipped_cases() -> list[OpCase]:
                 AttentionE4M3Case(2, 8, 4096, head_dim, kv_heads=2, causal="top_left", dtype=dtype)
                 for head_dim in (64, 128)
             ]
+            cases.append(AttentionE4M3Case(1, 32, 1, 128, kv_heads=8, seq_k=32_768, dtype=dtype))
             # A step of decoding.
             cases.append(
                 AttentionCase(1, 32, 1, 128, kv_heads=8, seq_k=32_768, causal="bottom_right", dtype=dtype)
@@ -95,7 +96,7 @@ def is_telling(case: OpCase, arch: str) -> bool:
     architecture, and so is what differs from another case by less code. "gfx942" has one case of a kernel and table.
     """
     if isinstance(case, AttentionE4M3Case):
-        return arch in _E4M3_ARCHS
+        return has_instructions(case, arch)
     if arch not in DEFAULT_ARCHS:
         return True
     head_dim = case.head_dim if isinstance(case, AttentionCase) else 0
@@ -114,6 +115,11 @@ def is_telling(case: OpCase, arch: str) -> bool:
         small = isinstance(case, LossCase) and not (case.vocabulary == 50_304 and case.all_options)
         return not (narrow or small)
     return True
+
+
+def has_instructions(case: OpCase, arch: str) -> bool:
+    """Whether an architecture has the products that a case needs."""
+    return not isinstance(case, AttentionE4M3Case) or arch in _E4M3_ARCHS
 
 
 def launches_of(case: OpCase, arch: str, **options: object) -> list[Launch]:

@@ -23,7 +23,6 @@ from fastattn.kernels._config import Key, forced_config
 
 # Which provider runs our kernels, whatever dispatch would choose: the first of these that an operation has.
 _OURS = ("fastattn-fused", "fastattn-triton", "fastattn")
-_DIRECTION = "forward+backward"
 # Each config keeps the tensors that its kernels wrote: together not more than this share of the free memory.
 _MEMORY_SHARE = 0.5
 _MOST_AT_A_TIME = 8
@@ -50,7 +49,7 @@ class Bench(Protocol):
 
 
 class CaseBench:
-    """A function's cases on a device; each is forward and backward through the public function.
+    """A function's cases on a device; each is forward and backward through the public function, or what it has of them.
 
     A timer keeps the calls that it has timed, and these their tensors: each comparison makes one of its own.
     """
@@ -70,7 +69,7 @@ class CaseBench:
     def check(self, config: Any) -> None:
         with forced_config(self.select, config, self.key):
             for inputs, function in zip(self.inputs, self._functions, strict=True):
-                inputs.check(function, _DIRECTION)
+                inputs.check(function, _direction(inputs))
 
     def samples(
         self, configs: Sequence[Any], kernels: Collection[str], rounds: int, dropped: Dropped
@@ -118,13 +117,18 @@ class CaseBench:
     def _launches(self, inputs: Inputs, function: Function, config: Any) -> list[Launch]:
         """What a call launches, with the tensors that it launched it on."""
         with forced_config(self.select, config, self.key), running_launches() as launches:
-            inputs.call(function, _DIRECTION)()
+            inputs.call(function, _direction(inputs))()
         return launches
 
 
 def _ours(case: OpCase, device: torch.device) -> Function:
     providers = PROVIDERS[case.operation]
     return next(providers[name] for name in _OURS if name in providers)(case, device)
+
+
+def _direction(inputs: Inputs) -> str:
+    """Attention on e4m3 operands is a forward alone."""
+    return "forward+backward" if any(t.requires_grad for t in inputs.tensors) else "forward"
 
 
 def _replay(launches: Sequence[Launch]) -> Callable[[], None]:

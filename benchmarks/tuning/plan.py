@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import BiasGeluCase, GeluCase, LayerNormCase, LossCase, OpCase, RMSNormCase
 from benchmarks.inspection import launches_of
-from benchmarks.inspection.cases import LAUNCHED
+from benchmarks.inspection.cases import LAUNCHED, has_instructions
 from benchmarks.suites import SUITES
 from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import FORMS, form_reason, select_attention_form
@@ -21,7 +21,7 @@ from fastattn.kernels._target import KNOWN_TARGETS, Target
 # Of a key so many cases are timed: the first that ask for it.
 _MOST_CASES = 2
 # What takes most of a model's time comes first, since a GPU's may be short.
-_SUITES = ("attention", "norm", "loss", "mlp", "rotary", "options", "decode")
+_SUITES = ("attention", "norm", "loss", "mlp", "rotary", "options", "decode", "e4m3")
 _LONGEST = 8192
 _BF16 = torch.bfloat16
 
@@ -84,7 +84,7 @@ def plan(cases: Iterable[OpCase], target: Target, kernels: Sequence[str] = ()) -
     """
     found: dict[tuple[str, Key], tuple[Any, list[OpCase]]] = {}
     with mock.patch.dict(KNOWN_TARGETS, {target.name: target}):
-        for case in cases:
+        for case in (case for case in cases if has_instructions(case, target.name)):
             with asked_configs() as asked:
                 launches_of(case, target.name)
             for select, key, config in dict.fromkeys(asked):

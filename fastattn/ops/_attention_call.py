@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.dispatch import NotSupported, autocasts, checking
 from fastattn.kernels._options import AttentionOptions
-from fastattn.ops._attention_quantized import check_quantized
+from fastattn.ops._attention_quantized import check_given_dtypes, check_quantized
 from fastattn.ops._check import check_attention_shapes, check_floating, check_same_device
 from fastattn.ops._dropout import check_dropout, draw_seed
 
@@ -57,6 +57,8 @@ def check_attention(
     check_attention_shapes(q, k, v, packed=features is not None and features.cu_seqlens_q is not None)
     if not q.device == k.device == v.device:
         check_same_device("q", q, k=k, v=v)
+    if features is not None and features.quantize is not None:
+        check_given_dtypes(q, k, v)
     if not usual and not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
         raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if scale is not None:

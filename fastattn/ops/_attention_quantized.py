@@ -18,6 +18,16 @@ _MIN_CAPABILITY = (8, 9)
 _MAX_HEAD_DIM = 256
 
 
+def check_given_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises for operands that are in 8 bits already, which would need scales."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            raise NotSupported(
+                f"{name} has dtype={tensor.dtype}; quantize='e4m3' makes its own operands of 16 or 32 bits in each "
+                "call, and takes none that were rounded before, with their scales"
+            )
+
+
 def check_quantized(q: Tensor, k: Tensor, v: Tensor, features: Any) -> None:
     """Raises for what no implementation takes with `quantize`."""
     if features.quantize != "e4m3":
@@ -74,10 +84,20 @@ def run_rounded(
             return run_rounded(run, q, k, v, causal, scale, features, return_lse)
     dtype = q.dtype
     if q.numel() and v.numel():
-        q, k, v, shift = reference.round_e4m3(q, k, v, features.key_lengths)
+        q, k, v, shift = _round(q, k, v, features)
         # Adding the same to all scores of a query changes nothing where only their differences count.
         if return_lse or features.softcap is not None or features.sinks is not None:
             q = torch.cat([q, shift[..., None]], dim=-1)
             k = torch.cat([k, torch.ones_like(k[..., :1])], dim=-1)
     result = run(q, k, v, causal, scale, features._replace(quantize=None), return_lse)
     return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
+
+
+def _round(q: Tensor, k: Tensor, v: Tensor, features: Any) -> tuple[Tensor, ...]:
+    if features.cu_seqlens_q is None:
+        return reference.round_e4m3(q, k, v, features.key_lengths)
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    rounded = reference.round_e4m3_varlen(
+        q, k, v, features.cu_seqlens_q, features.cu_seqlens_k, features.key_lengths
+    )
+    return tuple(t.transpose(0, 1)[None] for t in rounded)

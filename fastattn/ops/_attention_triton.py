@@ -68,11 +68,15 @@ def _records(q: Tensor, k: Tensor, v: Tensor, features: Features | None) -> bool
 
 
 class _Launches(NamedTuple):
-    """What decides how a call is launched, found as the launchers find it, but without the seed of dropout."""
+    """What decides how a call is launched, found as the launchers find it, but without the seed of dropout.
+
+    `dtype` is that of the products.
+    """
 
     asked: AttentionOptions
     load: str
     target: Target
+    dtype: torch.dtype
     few: FewQueriesGrid | None
 
 
@@ -91,24 +95,25 @@ def _launches_of(
     asked = options_of(q, k, causal, scale, features)._replace(dropout_p=drawn)
     target, few = target_of(q.device), None
     quantized = features is not None and features.quantize is not None
-    if not quantized and q.numel() and v.numel():
+    dtype = torch.float8_e4m3fn if quantized else q.dtype
+    if q.numel() and v.numel():
         width, reach = max(q.size(3), v.size(3)), reach_of(asked, q, k)
-        few = few_queries_grid(q.size(1), k.size(1), reach, width, q.dtype, target, may_fold(asked))
-    return _Launches(asked, score_load(asked), target, few)
+        few = few_queries_grid(q.size(1), k.size(1), reach, width, dtype, target, may_fold(asked))
+    return _Launches(asked, score_load(asked), target, dtype, few)
 
 
 def _forms_of(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[list[str], dict[str, str]]:
     """The forms of the kernels that a call launches, and why not the others."""
-    asked, load, target, few = _launches_of(q, k, v, *others)
+    asked, load, target, dtype, few = _launches_of(q, k, v, *others)
     head_dim = max(q.size(-1), v.size(-1))
     unread = layout_reason((q, k, v), asked)
-    config = fitting_config(None, unread is None, head_dim, q.dtype, target, load)
+    config = fitting_config(None, unread is None, head_dim, dtype, target, load)
     forward = config.forward if few is None else few.tiles
     taken = {"reduction" if config.reduce_dq else config.dk_dv.form, forward.form, config.dq.form}
     refused = {}
     for form in FORMS:
         if form not in taken:
-            reason = form_reason(head_dim, q.dtype, target, load, form) or unread
+            reason = form_reason(head_dim, dtype, target, load, form) or unread
             refused[form] = reason or "no measurement on this architecture says that it is the faster"
     return [form for form in FORMS if form in taken], refused
 
@@ -126,7 +131,7 @@ def describe_triton(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> str:
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[str]:
     """What the forward does with the heads and keys of few queries."""
-    asked, _load, _target, few = _launches_of(q, k, v, *others)
+    asked, *_, few = _launches_of(q, k, v, *others)
     found = []
     if few is not None and few.folded:
         found.append(f"{q.size(1) // k.size(1)} query heads in a tile")

@@ -212,8 +212,10 @@ def attention(
         head_dim and v_dim up to 256, and add up the products of weights and values in float32, but above v_dim 128 on
         Hopper, where the tensor cores keep some 14 bits. "torch" and "reference" compute in float32 with the same
         rounded q, k and v, but do not round the weights. An infinity counts as NaN; a query, a
-        channel of v or 128 keys less their mean that lie below 2^-110 whole count as 0. Few queries gain no time by
-        it: making the operands moves more bytes than their call without.
+        channel of v or 128 keys less their mean that lie below 2^-110 whole count as 0.
+        Keys and values in 8 bits that are kept from call to call are not taken, and raise NotSupported: a step of
+        decoding gains nothing by quantize="e4m3". Of each key of head_dim 128 the call without it reads 512 bytes of k
+        and v; with it 512 twice, to make 256, which it writes and reads: three times as many. Kept, 256 would be read.
 
     Source:
         Dao, "FlashAttention-2" (2023), algorithms 1 and 2; Dao et al., "Flash-Decoding" (2023), for split keys;

@@ -51,6 +51,7 @@ def _pack(
     dropout_p: float,
     key_lengths: Tensor | None,
     deterministic: bool,
+    quantize: str | None,
     return_lse: bool,
 ) -> tuple[Any, ...]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -60,6 +61,7 @@ def _pack(
     features = Features(
         window, bias, mask, softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic,
         cu_seqlens_q, cu_seqlens_k, _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k),
+        quantize,
     )  # fmt: skip
     return *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)), causal, scale, features, return_lse
 
@@ -98,6 +100,7 @@ def attention_varlen(
     dropout_p: float = 0,  # an int, because torch.compile takes a default that is a float for an input
     key_lengths: Tensor | None = None,
     deterministic: bool = False,
+    quantize: str | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -118,6 +121,9 @@ def attention_varlen(
             beginning of each sequence.
         alibi_slopes: (heads,) or (sequences, heads).
         key_lengths: (sequences,): keys of a sequence from there on are hidden.
+        quantize: as in `fastattn.attention`, with the same error: means of k's channels and scales of v's are a
+            sequence's own, and the 128 keys that share a scale are counted from its beginning, so that no sequence has
+            a part in another's rounding.
         return_lse: also return the log-sum-exp.
         implementation: "triton", "torch" or "reference" forces one; None takes the first that can.
 
@@ -136,7 +142,7 @@ def attention_varlen(
         implementation,
         *_pack(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, bias, mask,
-            softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic, return_lse,
+            softcap, alibi_slopes, sinks, dropout_p, key_lengths, deterministic, quantize, return_lse,
         ),
     )  # fmt: skip
     if return_lse:

@@ -12,7 +12,7 @@ from fastattn.reference.attention import (
     scaled_dot_product_attention,
     window_mask,
 )
-from fastattn.reference.e4m3 import round_e4m3
+from fastattn.reference.e4m3 import round_e4m3, round_e4m3_varlen
 from fastattn.reference.loss import cross_entropy, linear_cross_entropy
 from fastattn.reference.norm import layer_norm, residual_sum, rms_norm
 from fastattn.reference.rotary import rotary_embedding
@@ -33,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "round_e4m3",
+    "round_e4m3_varlen",
     "scaled_dot_product_attention",
     "swiglu",
     "window_mask",

@@ -11,13 +11,14 @@ import torch
 
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-from benchmarks.cases import GeluCase
+from benchmarks.cases import AttentionE4M3Case, GeluCase
 from benchmarks.progress import progress_bar
 from benchmarks.timing import CpuTimer
 from benchmarks.tuning import command, table
 from benchmarks.tuning.bench import CaseBench, running_launches
 from benchmarks.tuning.plan import plan
 from benchmarks.tuning.resume import read_results
+from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
 from fastattn.kernels._pointwise_config import GeluConfig
 from fastattn.kernels._target import target_of
 from tests.benchmarks.tuning_on_nothing import BF16, DESCRIBED, options
@@ -55,6 +56,29 @@ def test_kernels_run_with_the_candidates(gelu_on_a_cpu):
     assert broken[1] == [] and len(broken[0]) == 1
     ((place, why),) = reasons
     assert place == 1 and "power of 2" in why
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is a test below")
+def test_a_forward_alone_is_checked_and_timed(monkeypatch):
+    """Of attention on e4m3 operands: fewer keys a tile are other values in memory too, so both kernels change."""
+    monkeypatch.setattr("benchmarks.providers.attention_e4m3.refuse_interpreter", lambda device: None)
+    device = torch.device("cpu")
+    case = AttentionE4M3Case(1, 1, 130, 32, causal="top_left")
+
+    def timer(call):
+        with running_launches() as launches:
+            call()
+        return float(sum(math.prod(launch.grid) for launch in launches))
+
+    bench = CaseBench(select_attention_config.__name__, [case], device, lambda device: timer)
+    config = select_attention_config(32, torch.float8_e4m3fn, target_of(device))
+    other = replace(config, forward=AttentionTiles(64, 64, 1, 1))
+    for tried in (config, other):
+        bench.check(tried)
+    samples = bench.samples([config, other], {"quantize_keys", "attention_forward"}, 1, print)
+    assert samples == [pytest.approx([2 + 5]), pytest.approx([2 + 3])]
+    with pytest.raises(ValueError, match="block_n=16 must be 32, 64 or 128 with e4m3"):
+        bench.check(replace(config, forward=AttentionTiles(64, 16, 1, 1)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is a test below")

@@ -164,6 +164,26 @@ def test_every_form_is_a_candidate_again_where_another_was_measured():
     assert task.key[1] == 8 and task.starts == ()
 
 
+def test_attention_on_e4m3_operands_is_tuned_where_there_are_products_of_them():
+    """In the forms that read by pointers, with tiles whose keys are whole in a block that shares a scale."""
+    cases = [case for case in tuning_cases() if case.operation == "attention_e4m3"]
+    assert not plan(cases, KNOWN_TARGETS["sm_80"]) and not plan(cases, KNOWN_TARGETS["gfx942"])
+    tasks = plan(cases, H200, ["attention"])
+    assert {task.key[1:] for task in tasks} == {(8, width, "plain") for width in (64, 128, 256)}
+    for task in tasks:
+        assert task.starts == ()
+        tried = spaces.candidates(task.config, "forward", H200, None, task.starts)
+        jobs = [Compilation("sm_90", task.select, task.config, new, task.cases, task.key) for new in tried]
+        found, kernels = distinct(jobs)
+        assert kernels == {"attention_forward", "quantize_keys"}
+        launched = [job for job in found if job.candidate.forward.block_n in (32, 64, 128)]
+        refused = [job for job in found if job not in launched]
+        assert launched and all(job.changed() for job in launched)
+        for job in refused:
+            (compiled,) = job.run()
+            assert "must be 32, 64 or 128 with e4m3" in compiled.row.error
+
+
 def test_the_limit_of_registers_is_a_choice_on_nvidias():
     config = select_norm_forward_config(16384, 16, BF16, False, H200)
     assert config.registers == 64

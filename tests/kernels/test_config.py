@@ -79,7 +79,8 @@ CALLS = {
     select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
     select_decode_config: list(
         product((1, 16, 17, 100, 500), (16, 64, 80, 100, 200, 512), (BF16, FP16, FP32))
-    ),
+    )
+    + list(product((1, 17, 100), (16, 80, 100, 256), (torch.float8_e4m3fn,))),
 }
 
 

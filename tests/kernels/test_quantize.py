@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels.quantize import Operands, quantize_operands
 from fastattn.testing import make_tensor
 
@@ -21,17 +22,22 @@ def operands(device: torch.device, seq_q: int = 5, seq_k: int = 70, **changes: o
     return [q, k + 5 * make_tensor(40, dtype=dtype, seed=3, device=device), v]
 
 
-def values_of(made: Operands, like: Tensor) -> Tensor:
-    """(batch, kv_heads, seq_k, v_dim) in float32: the tiles turned back, and their keys in their own order."""
-    seq_k, v_dim = like.shape[2:]
-    tiles = made.v.float().unflatten(
-        2, (-(-seq_k // 128) * (128 // BLOCK_N), -1)
-    )  # (..., tiles, columns, keys)
+def rows_of_values(made: Operands) -> Tensor:
+    """(batch, kv_heads, blocks * 128, columns) in float32: the tiles turned back, and their keys in their own order."""
+    tiles = (
+        made.v.float().unflatten(3, (128 // BLOCK_N, -1, BLOCK_N)).flatten(2, 3)
+    )  # (.., tiles, columns, keys)
     # Of 16 keys, those two by two that a thread's products belong to are neighbours.
-    place = torch.arange(BLOCK_N, device=like.device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
+    place = torch.arange(BLOCK_N, device=tiles.device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
     ordered = torch.empty_like(tiles)
     ordered[..., place] = tiles
-    rows = ordered.transpose(3, 4).flatten(2, 3)
+    return ordered.transpose(3, 4).flatten(2, 3)
+
+
+def values_of(made: Operands, like: Tensor) -> Tensor:
+    """(batch, kv_heads, seq_k, v_dim) in float32."""
+    seq_k, v_dim = like.shape[2:]
+    rows = rows_of_values(made)
     assert not rows[:, :, seq_k:].any() and not rows[..., v_dim:].any()
     columns = made.statistics[:, :, 1, None, :v_dim]
     return rows[:, :, :seq_k, :v_dim] * columns
@@ -40,10 +46,10 @@ def values_of(made: Operands, like: Tensor) -> Tensor:
 def check(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None, exactly: bool = True
 ) -> Operands:
-    made = quantize_operands(q, k, v, key_lengths, BLOCK_N)
+    made = quantize_operands(q, k, v, AttentionOptions(1.0, key_lengths=key_lengths), BLOCK_N)
     expected_q, expected_k, expected_v, shift = reference.round_e4m3(q, k, v, key_lengths)
     head_dim = q.size(3)
-    k_scales = made.k_scales.repeat_interleave(128, 2)[:, :, : k.size(2), None]
+    k_scales = made.k_scales.transpose(1, 2).repeat_interleave(128, 2)[:, :, : k.size(2), None]
     found_k = made.k.float()[..., :head_dim] * k_scales
     found_q = made.q.float()[..., :head_dim] * made.terms[:, :, 0, :, None]
     if key_lengths is not None:
@@ -102,7 +108,10 @@ def test_what_is_not_finite_becomes_nan_by_itself(bad: float, device: torch.devi
         tensor[place] = bad
     for tensor, (batch, head, row, column) in zip(clean, places, strict=True):
         tensor[batch, head, row, column] = tensor[batch, head, row - 1, column]  # hardly another mean
-    made, without = check(*spoiled, exactly=device.type == "cpu"), quantize_operands(*clean, None, BLOCK_N)
+    made, without = (
+        check(*spoiled, exactly=device.type == "cpu"),
+        quantize_operands(*clean, AttentionOptions(1.0), BLOCK_N),
+    )
     assert [int(t.float().isnan().sum()) for t in (made.q, made.k, made.v)] == [1, 1, 1]
     torch.testing.assert_close(made.statistics[:, :, 1:], without.statistics[:, :, 1:], rtol=0.02, atol=0.0)
 
@@ -125,7 +134,77 @@ def test_extreme_values_keep_their_digits(device: torch.device) -> None:
 
 def test_two_runs_are_equal(device: torch.device) -> None:
     given = operands(device, seq_k=300)
-    first, second = (quantize_operands(*given, None, BLOCK_N) for _ in range(2))
+    first, second = (quantize_operands(*given, AttentionOptions(1.0), BLOCK_N) for _ in range(2))
     assert all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True)
     )
+
+
+# Sequences whose ends are before, at and behind those of 128 rows, some without keys; two rows are of none.
+PACKED = (1, 127, 0, 128, 300, 129, 0, 0, 40)
+
+
+def test_packed_operands_are_those_of_the_formula(device: torch.device) -> None:
+    """Each sequence has its own blocks, which no other writes to, and there are as many as there is memory for."""
+    starts = torch.tensor([0, *PACKED], dtype=torch.int32, device=device).cumsum(0).int()
+    total = sum(PACKED) + 2
+    q, k, v = (t[:1] for t in operands(device, total, total))
+    for n in range(len(PACKED)):  # of other sizes and means
+        rows = slice(int(starts[n]), int(starts[n + 1]))
+        k[:, :, rows] += n
+        v[:, :, rows] *= 1 + n
+    k[:, :, -2:], v[:, :, -2:] = torch.nan, torch.nan
+    asked = AttentionOptions(
+        1.0, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max(PACKED), max_seqlen_k=max(PACKED)
+    )
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        made = quantize_operands(q, k, v, asked, BLOCK_N)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rows = (t[0].transpose(0, 1) for t in (q, k, v))
+    expected = [t.transpose(0, 1) for t in reference.round_e4m3_varlen(*rows, starts, starts)]
+    blocks = made.v.size(2)
+    assert made.k_scales.shape == (1, blocks, 2) and blocks == total // 128 + len(PACKED)
+    values = rows_of_values(made)[..., :24]
+    written = [
+        place in range(start // 128 + n, start // 128 + n + max(1, -(-length // 128)))
+        for n, (start, length) in enumerate(zip(starts[:-1].tolist(), PACKED, strict=True))
+        for place in range(blocks)
+    ]
+    of_one = torch.tensor(written, device=device).view(-1, blocks)
+    assert int(of_one.sum(0).max()) == 1 and torch.equal(of_one.any(0), made.k_scales[0, :, 0].isfinite())
+    tolerance = {
+        "rtol": 1e-6 if device.type == "cpu" else 0.07,
+        "atol": 1e-6 if device.type == "cpu" else 1e-2,
+    }
+    for n, length in enumerate(PACKED):
+        first, block = int(starts[n]), int(starts[n]) // 128 + n
+        for place in range(0, length, 128):
+            here, at = slice(first + place, first + min(place + 128, length)), block + place // 128
+            size = here.stop - here.start
+            found_k = made.k.float()[0, :, here, :40] * made.k_scales[0, at, :, None, None]
+            found_v = values[0, :, at * 128 : (at + 1) * 128] * made.statistics[n, :, 1, None, :24]
+            torch.testing.assert_close(found_k, expected[1][:, here], **tolerance)
+            torch.testing.assert_close(found_v[:, :size], expected[2][:, here], **tolerance)
+            assert not found_v[:, size:].any()
+        found_q = (
+            made.q.float()[0, :, first : first + length, :40]
+            * made.terms[0, :, 0, first : first + length, None]
+        )
+        torch.testing.assert_close(found_q, expected[0][:, first : first + length], **tolerance)
+    covered = slice(0, int(starts[-1]))
+    torch.testing.assert_close(made.terms[0, :, 1, covered], expected[3][:, covered], rtol=1e-4, atol=1e-4)
+
+
+def test_means_of_no_keys_and_of_lengths_beyond_the_last_key(device: torch.device) -> None:
+    """The mean was divided by a length as given: 0 keys gave NaN, and 8 of 4 keys half of it."""
+    q, k, v = operands(device, seq_k=4)
+    shift = reference.round_e4m3(q, k[:, :, :0], v[:, :, :0])[3]
+    assert shift.shape == q.shape[:3] and not shift.any()
+    beyond, whole = (
+        reference.round_e4m3(q, k, v, None if n is None else torch.full((2,), n, device=device))
+        for n in (8, None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(beyond, whole, strict=True))
+    assert not reference.round_e4m3(q, k, v, torch.zeros(2, dtype=torch.int32, device=device))[3].any()

@@ -233,6 +233,23 @@ def test_refused_arguments(
         fastattn.attention(*operands(device, 4, 4, 16), **options)
 
 
+def test_operands_in_8_bits_are_refused_by_name(device: torch.device) -> None:
+    """A cache that was rounded once and kept: without its scales its numbers are not those of the keys."""
+    q, k, v = operands(device, 4, 4, 16)
+    low = [t.to(torch.float8_e4m3fn) for t in (q, k, v)]
+    reason = "has dtype=torch.float8_e4m3fn; quantize='e4m3' makes its own operands of 16 or 32 bits"
+    for implementation in (None, *IMPLEMENTATIONS):
+        for given, name in (((q, *low[1:]), "k"), ((q, k, low[2]), "v"), (low, "q")):
+            with pytest.raises(NotSupported, match=f"{name} {reason}"):
+                fastattn.attention(*given, quantize="e4m3", implementation=implementation)
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(NotSupported, match=f"k {reason}"):
+        fastattn.attention(q, *low[1:], quantize="e4m3")
+    starts = torch.tensor([0, 4], device=device)
+    rows = [t[0].transpose(0, 1) for t in (q, *low[1:])]
+    with pytest.raises(NotSupported, match=f"k {reason}"):
+        fastattn.attention_varlen(*rows, starts, starts, quantize="e4m3")
+
+
 def test_wider_heads_and_dtypes_are_refused_by_name(device: torch.device) -> None:
     with pytest.raises(
         TypeError, match=r"dtype=torch.float64; quantize='e4m3' takes float16, bfloat16 or float32"
