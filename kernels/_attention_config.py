@@ -12,9 +12,12 @@ from functools import cache
 import torch
 
 from fastattn.kernels._config import tunable
-from fastattn.kernels._layout import is_broadcast
+from fastattn.kernels._layout import block_d, first_block, is_broadcast
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS, Target
+
+# Of q's rows, or of q's and v's.
+Width = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,54 @@ _ATTENTION_LIGHT = {
 }
 
 
+# Of plain calls whose rows lie in two tiles (`fastattn.kernels._parts`), by `width_class`: the columns that are not
+# there leave registers for more queries or keys. Others have the tiles of the width they would be padded to.
+_ATTENTION_PARTS: dict[tuple[str, Width], AttentionConfig] = {
+    ("hopper", 80): AttentionConfig(
+        AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 128, 8, 2), AttentionTiles(32, 128, 8, 2)
+    ),
+    ("hopper", 96): AttentionConfig(
+        AttentionTiles(128, 128, 8, 2),
+        AttentionTiles(128, 128, 8, 2),
+        AttentionTiles(64, 128, 8, 2, one_loop=True),
+    ),
+    ("hopper", 160): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(32, 128, 8, 2, one_loop=True),
+    ),
+    ("hopper", 192): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(64, 128, 8, 2, one_loop=True),
+        separate_dk_dv=True,
+    ),
+    ("hopper", (192, 128)): AttentionConfig(
+        AttentionTiles(128, 128, 8, 2),
+        AttentionTiles(128, 64, 8, 2),
+        AttentionTiles(32, 128, 8, 2, one_loop=True),
+    ),
+    ("ampere", 80): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 32, 8, 2), AttentionTiles(32, 128, 8, 2)
+    ),
+    ("ampere", 96): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(128, 32, 8, 2), AttentionTiles(16, 128, 8, 2)
+    ),
+    ("ampere", 160): AttentionConfig(
+        AttentionTiles(128, 32, 8, 2),
+        AttentionTiles(64, 32, 4, 2),
+        AttentionTiles(16, 64, 4, 2, one_loop=True),
+    ),
+    ("ampere", 192): AttentionConfig(
+        AttentionTiles(64, 32, 8, 2),
+        AttentionTiles(64, 32, 8, 2),
+        AttentionTiles(32, 32, 4, 2, one_loop=True),
+    ),
+    ("ampere", (192, 128)): AttentionConfig(
+        AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 16, 4, 2), AttentionTiles(32, 32, 4, 2)
+    ),
+}
+
 _BITS = {torch.float32: 32, torch.float8_e4m3fn: 8}
 
 
@@ -264,28 +315,61 @@ def bits_of(dtype: torch.dtype) -> int:
     return _BITS.get(dtype, 16)
 
 
+def takes_parts(dtype: torch.dtype, target: Target, load: str) -> bool:
+    """Whether rows lie in two tiles where `fastattn.kernels._layout.first_block` has two.
+
+    As compiled, they win where products bind. Not in 32 bits, which spill at 96; nor where instructions bind and two
+    tiles take more of them: on AMD (gfx942 at 96: 92.5 a score in dq for 77.8), and on sm_100 (37.8 in dk and dv for
+    31.0, with spills). Nor with what modifies the scores: at 96 dropout and a bias spill on sm_80. The interpreter has
+    them always.
+    """
+    if target.backend == "interpreter":
+        return True
+    blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return target.backend == "cuda" and not blackwell and narrow and load == "plain"
+
+
+def width_class(
+    head_dim: int, dtype: torch.dtype, target: Target, load: str, v_dim: int | None = None
+) -> Width:
+    """What tiles depend on of the widths: head_dim, the wider of q's and v's, rounded up to what its tiles hold.
+
+    v's width counts where q and k lie in two tiles of up to 192 columns and v in one: (192, 128).
+    """
+    if head_dim > 256:
+        return 512
+    first = first_block(head_dim)
+    if first >= head_dim or not takes_parts(dtype, target, load):
+        return _padded_width(head_dim)
+    if first == 128 and v_dim is not None and v_dim <= 128:
+        return 192, 128
+    return max(first + first // 4, first + block_d(head_dim - first))
+
+
 @tunable(
-    lambda head_dim, dtype, target, load="plain": (
+    lambda head_dim, dtype, target, load="plain", v_dim=None: (
         bits_of(dtype),
-        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256 if head_dim <= 256 else 512,
+        width_class(head_dim, dtype, target, load, v_dim),
         load if head_dim <= 256 else "plain",
     )
 )
 def select_attention_config(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
+    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", v_dim: int | None = None
 ) -> AttentionConfig:
     """The tiles for a head dimension up to 512 (the wider of q's and v's), a dtype and a target: the form that ships.
 
-    `load` is what modifies the scores: "plain", "light", "thin", "plane" or "heavy", see `score_load`.
+    `load` is what modifies the scores: "plain", "light", "thin", "plane" or "heavy", see `score_load`. `v_dim` is v's
+    width, if it may be less.
     """
     # Which is made of this module's.
     from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
 
-    return select_attention_form(head_dim, dtype, target, load, SHIPPED_FORM)
+    return select_attention_form(head_dim, dtype, target, load, SHIPPED_FORM, v_dim)
 
 
 def pointers_config(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain"
+    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", v_dim: int | None = None
 ) -> AttentionConfig:
     """The same of the form "pointers", which serves every call; modelled, whatever was measured."""
     if target.backend == "interpreter":
@@ -301,7 +385,8 @@ def pointers_config(
     key = (family, bits, _padded_width(head_dim))
     config = heavy = _ATTENTION_HEAVY[key]
     if load == "plain":
-        config = _ATTENTION[key]
+        width = width_class(head_dim, dtype, target, load, v_dim)
+        config = _ATTENTION_PARTS.get((family, width), _ATTENTION[key])
     elif load == "plane":
         config = _ATTENTION_PLANE.get(key, heavy)
     elif load == "light" or (load == "thin" and family == "hopper"):

@@ -102,14 +102,14 @@ _FORMS["warp_groups", 256] = replace(
 
 
 def select_attention_form(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str, form: str
+    head_dim: int, dtype: torch.dtype, target: Target, load: str, form: str, v_dim: int | None = None
 ) -> AttentionConfig:
     """The modelled config of a form, or that of "pointers" where `form_reason` says why there is none.
 
     What was measured goes before that of `SHIPPED_FORM`, in `select_attention_config`, and is of whatever form.
     """
     if form == "pointers" or form_reason(head_dim, dtype, target, load, form) is not None:
-        return pointers_config(head_dim, dtype, target, load)
+        return pointers_config(head_dim, dtype, target, load, v_dim)
     return _FORMS[form, _width(head_dim)]
 
 
@@ -217,6 +217,7 @@ def fitting_config(
     dtype: torch.dtype,
     target: Target,
     load: str,
+    v_dim: int | None = None,
 ) -> AttentionConfig:
     """The config of a launch if it can read the tensors: the given one, the measured one or the shipped form's.
 
@@ -224,7 +225,7 @@ def fitting_config(
     `described`: whether descriptors can read the tensors, see `layout_reason`.
     """
     if config is None:
-        config = select_attention_config(head_dim, dtype, target, load)
+        config = select_attention_config(head_dim, dtype, target, load, v_dim)
     if not uses_descriptors(config):
         return config
     # With specialized warps, a loop that loads more than its rows is not known to compile.
@@ -232,7 +233,7 @@ def fitting_config(
     plain = "specialized" in forms or "warp_groups" in forms
     if described and (load == "plain" or not plain):
         return config
-    return pointers_config(head_dim, dtype, target, load)
+    return pointers_config(head_dim, dtype, target, load, v_dim)
 
 
 def uses_descriptors(config: AttentionConfig) -> bool:

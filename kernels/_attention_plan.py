@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, heads_together
+from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, heads_together, takes_parts
 from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
 from fastattn.kernels._attention_grid import counted_keys, few_queries_grid
 from fastattn.kernels._config import ceil_div
-from fastattn.kernels._layout import block_d, rows_readable
+from fastattn.kernels._layout import block_d, first_block, rows_readable
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._plan import planned
 from fastattn.kernels._target import Target
@@ -111,13 +111,15 @@ def _forward_plan(
 ) -> ForwardPlan:
     """`reach` has the keys in round numbers, see `counted_keys`."""
     width, heads = max(shape_q[3], v_dim), shape_q[1]
-    in_place, sizes = tuple(rows_readable(of) for of in strides), _sizes(shape_q, kv_heads, v_dim, reach)
+    in_place = tuple(rows_readable(of) for of in strides)
+    sizes = _sizes(shape_q, kv_heads, v_dim, reach, takes_parts(dtype, target, load))
     few = few_queries_grid(heads, kv_heads, reach, width, dtype, target, folds) if config is None else None
     if few is not None:
         launch = _by_queries(few.tiles, heads, sizes, reach, _HEAD_AFTER_HEAD)._replace(grid=few.grid)
-        launch.constants.update(FOLDED=few.folded, SPLIT=len(few.grid) > 1)
+        # Products do not bind there.
+        launch.constants.update(**_whole(sizes), FOLDED=few.folded, SPLIT=len(few.grid) > 1)
         return ForwardPlan(False, in_place, launch, few.combine if len(few.grid) > 1 else None)
-    config = fitting_config(config, described, width, dtype, target, load)
+    config = fitting_config(config, described, width, dtype, target, load, v_dim)
     together, _ = _heads_together(sizes, heads, reach, dtype, target)
     launch = _by_queries(config.forward, heads, sizes, reach, together)
     launch.constants.update(FOLDED=False, SPLIT=False)
@@ -139,8 +141,9 @@ def backward_plan(
     """The plan of tensors of these shapes and strides; see `forward_plan`."""
     batch, heads, seq_q, head_dim = shape_q
     kv_heads, v_dim = shape_v[1], shape_v[3]
-    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load)
-    sizes = _sizes(shape_q, kv_heads, v_dim, reach) | {"SEQ_K": shape_v[2], "MAX_SEQ_K": reach[5]}
+    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load, v_dim)
+    sizes = _sizes(shape_q, kv_heads, v_dim, reach, takes_parts(dtype, target, load))
+    sizes |= {"SEQ_K": shape_v[2], "MAX_SEQ_K": reach[5]}
     sequences = reach[3]
     by_queries, by_keys = _heads_together(sizes, heads, reach, dtype, target)
     return BackwardPlan(
@@ -198,7 +201,7 @@ def _by_queries(
     return AttentionLaunch(
         tiles,
         (ceil_div(longest_q, tiles.block_m) * heads * sequences,),
-        {"HEADS": heads, **together, **_tiled(tiles), **sizes, **tiles.loop},
+        {"HEADS": heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop},
     )
 
 
@@ -214,7 +217,7 @@ def _by_keys(
     return AttentionLaunch(
         tiles,
         (ceil_div(longest_k, tiles.block_n) * kv_heads * sequences,),
-        {"KV_HEADS": kv_heads, **together, **_tiled(tiles), **sizes, **tiles.loop},
+        {"KV_HEADS": kv_heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop},
     )
 
 
@@ -241,8 +244,11 @@ def _heads_together(
     return found
 
 
-def _sizes(shape_q: tuple[int, ...], kv_heads: int, v_dim: int, reach: tuple[Any, ...]) -> dict[str, Any]:
+def _sizes(
+    shape_q: tuple[int, ...], kv_heads: int, v_dim: int, reach: tuple[Any, ...], parts: bool
+) -> dict[str, Any]:
     """The arguments of kernels that are of the call and not of the tiles, but for how many keys there are."""
+    block = first_block if parts else block_d
     _, heads, seq_q, head_dim = shape_q
     left, right, bottom_right, _, longest_q, _ = reach
     return {
@@ -256,9 +262,19 @@ def _sizes(shape_q: tuple[int, ...], kv_heads: int, v_dim: int, reach: tuple[Any
         "BOTTOM_RIGHT": bottom_right,
         "HEAD_DIM": head_dim,
         "V_DIM": v_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_V": block_d(v_dim),
+        "BLOCK_D": block(head_dim),
+        "BLOCK_V": block(v_dim),
     }
+
+
+def _whole(sizes: dict[str, Any]) -> dict[str, int]:
+    """Blocks that hold all columns."""
+    return {"BLOCK_D": block_d(sizes["HEAD_DIM"]), "BLOCK_V": block_d(sizes["V_DIM"])}
+
+
+def _columns(tiles: AttentionTiles, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes, with blocks of all columns where descriptors load them."""
+    return sizes | _whole(sizes) if tiles.descriptors else sizes
 
 
 def _tiled(tiles: AttentionTiles) -> dict[str, int]:

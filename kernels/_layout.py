@@ -74,6 +74,18 @@ def block_d(head_dim: int, least: int = 16) -> int:
     return max(least, 1 << (head_dim - 1).bit_length())
 
 
+def first_block(head_dim: int) -> int:
+    """The columns of a row's first tile, where a row may lie in two (see `fastattn.kernels._parts`); else `block_d`.
+
+    Two where the second is at most half as wide as the first: 80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64, but 112 would
+    be 64 + 64 and stays one tile of 128. Below 64 columns products do not bind, and above 256 there are few calls.
+    """
+    whole = block_d(head_dim)
+    half = whole // 2
+    two = 64 <= half < 256 and block_d(head_dim - half) <= half // 2
+    return half if two else whole
+
+
 def halves(x: Tensor, second_first: bool) -> tuple[Tensor, Tensor]:
     """Both halves of the last dimension, as views, in either order."""
     first, second = x.chunk(2, dim=-1)

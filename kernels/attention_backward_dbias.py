@@ -15,12 +15,13 @@ from fastattn.kernels._arguments import Plane, Score, _in_elements, rows_of, seq
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._parts import _load_parts, _products_of_rows
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_window,
     _load_log2_sum,
-    _load_rows,
     _query_schedule,
+    _rows_at,
     _sequence,
     _visible,
 )
@@ -68,18 +69,18 @@ def _accumulate_dbias(
         batch, sequences.key_lengths, rows_q, rows_k, LEFT, RIGHT, BOTTOM_RIGHT
     )
     kv_head = head // GROUPS
-    q_ptr = q.ptr + held * q.stride_b + head * q.stride_h + start_q * q.stride_m
-    dout_ptr = dout.ptr + held * dout.stride_b + head * dout.stride_h + start_q * dout.stride_m
-    k_ptr = k.ptr + held * k.stride_b + kv_head * k.stride_h + start_k * k.stride_m
-    v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
+    q_rows = _rows_at(q, held, head, start_q)
+    dout_rows = _rows_at(dout, held, head, start_q)
+    k_rows = _rows_at(k, held, kv_head, start_k)
+    v_rows = _rows_at(v, held, kv_head, start_k)
     statistics = (held * HEADS + head) * SEQ_Q + start_q
     slope = _slope_of(score.slopes, batch, head)
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     last_key = seq_k if ALL_KEYS else tl.minimum(seq_k, tile_key + BLOCK_N)
     for first_key in tl.range(tile_key, last_key, BLOCK_N):
-        key = _load_rows(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
-        value = _load_rows(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=True)
+        key = _load_parts(k_rows, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=True)
+        value = _load_parts(v_rows, first_key, seq_k, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=True)
         begin, _full_begin, _full_end, end = _query_schedule(
             first_key, rows_q, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
         )
@@ -87,16 +88,12 @@ def _accumulate_dbias(
             begin = tl.maximum(begin, tile_row)
             end = tl.minimum(end, tile_row + BLOCK_M)
         for first_row in tl.range(begin, end, BLOCK_M):
-            query = _load_rows(
-                q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True
-            )
-            grad = _load_rows(
-                dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True
-            )
+            query = _load_parts(q_rows, first_row, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True)
+            grad = _load_parts(dout_rows, first_row, rows_q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True)
             places = first_row + tl.arange(0, BLOCK_M)
             lse_log2 = _load_log2_sum(lse_ptr + statistics, places, rows_q)
             delta = tl.load(delta_ptr + statistics + places, mask=places < rows_q, other=0.0)
-            products = tl.dot(query, tl.trans(key), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            products = _products_of_rows(query, key)  # (BLOCK_M, BLOCK_N)
             scores, _cap_slope = _scores_of(
                 products, score, slope, batch, head, first_row, first_key, rows, keys, rows_q, offset
             )
@@ -104,7 +101,7 @@ def _accumulate_dbias(
                 first_row, first_key, rows, keys, seq_k, low, high, HAS_LEFT, HAS_RIGHT, "none"
             )
             weights = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
-            dweights = tl.dot(grad, tl.trans(value), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            dweights = _products_of_rows(grad, value)  # (BLOCK_M, BLOCK_N)
             dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
             total += weights * (dweights - delta[:, None])
     return total

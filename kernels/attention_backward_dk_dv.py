@@ -13,19 +13,26 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._parts import (
+    _add_product,
+    _add_product_to_rows,
+    _load_own_parts,
+    _load_parts,
+    _only,
+    _products_of_rows,
+    _scaled,
+    _store_parts,
+    _zero_parts,
+)
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
-    _add_tile,
     _key_window,
     _load_log2_sum,
-    _load_own_tile,
-    _load_tile,
     _of_head,
     _query_schedule,
     _rows_at,
     _sequence,
     _split_program,
-    _store_rows,
     _stretch,
     _visible,
 )
@@ -89,16 +96,16 @@ def _accumulate_dk_dv(
             first_row = lap_begin + (step - member * lap) * BLOCK_M
             head = first_head + member
             slope = _slope_of(score.slopes, batch, head)
-        q = _load_tile(
+        q = _load_parts(
             _of_head(q_rows, member), first_row, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D, MAY_OVERRUN=True
         )
-        dout = _load_tile(
+        dout = _load_parts(
             _of_head(dout_rows, member), first_row, SEQ_Q, V_DIM, BLOCK_M, BLOCK_V, MAY_OVERRUN=True
         )
         places = first_row + tl.arange(0, BLOCK_M)
         statistics = tl.cast(member, tl.int64) * stride_lse
         lse_log2 = _load_log2_sum(lse_ptr + statistics, places, SEQ_Q)
-        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+        products = _products_of_rows(k, q)  # (BLOCK_N, BLOCK_M)
         scores, cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
@@ -108,19 +115,21 @@ def _accumulate_dk_dv(
             weights = tl.where(visible, weights, 0.0)
         if NEEDS_DV:
             kept = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
+            dv = _add_product(dv, kept.to(dout[0].dtype), dout)
         if NEEDS_DK:
             delta = tl.load(delta_ptr + statistics + places, mask=places < SEQ_Q, other=0.0)
-            dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+            dweights = _products_of_rows(v, dout)  # (BLOCK_N, BLOCK_M)
             dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
             dscores = weights * (dweights - delta[None, :])
             if score.softcap is not None:
                 dscores = dscores * cap_slope
-            dscores = dscores.to(q.dtype)
-            dk = tl.dot(dscores, q, dk, input_precision="ieee")
+            dscores = dscores.to(q[0].dtype)
+            dk = _add_product(dk, dscores, q)
             if dq_rows is not None:
-                dq = tl.dot(tl.trans(dscores), k, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
-                _add_tile(_of_head(dq_rows, member), dq, first_row, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D)
+                place = _of_head(dq_rows, member)
+                _add_product_to_rows(
+                    place, tl.trans(dscores), k, first_row, SEQ_Q, HEAD_DIM, BLOCK_M, BLOCK_D
+                )
     return dk, dv
 
 
@@ -201,10 +210,10 @@ def _attention_dk_dv_kernel(
     v_ptr = v.ptr + held * v.stride_b + kv_head * v.stride_h + start_k * v.stride_m
     dk_ptr = dk.ptr + held * dk.stride_b + kv_head * dk.stride_h + start_k * dk.stride_m
     dv_ptr = dv.ptr + held * dv.stride_b + kv_head * dv.stride_h + start_k * dv.stride_m
-    key = _load_own_tile(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALIZED)
-    value = _load_own_tile(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, SPECIALIZED)
-    sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    sum_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    key = _load_own_parts(k_ptr, first_key, k.stride_m, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALIZED)
+    value = _load_own_parts(v_ptr, first_key, v.stride_m, seq_k, V_DIM, BLOCK_N, BLOCK_V, SPECIALIZED)
+    sum_k = _zero_parts(HEAD_DIM, BLOCK_N, BLOCK_D)
+    sum_v = _zero_parts(V_DIM, BLOCK_N, BLOCK_V)
     begin, full_begin, full_end, end = _query_schedule(
         first_key, rows_q, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
@@ -242,12 +251,14 @@ def _attention_dk_dv_kernel(
     if sequences.key_lengths is not None:
         # Hidden keys entered as zeros, whose weights are not.
         counted = (first_key + tl.arange(0, BLOCK_N) < seq_k)[:, None]
-        sum_k = tl.where(counted, sum_k, 0.0)
-        sum_v = tl.where(counted, sum_v, 0.0)
+        sum_k = _only(counted, sum_k)
+        sum_v = _only(counted, sum_v)
     if NEEDS_DK:
-        _store_rows(dk_ptr, sum_k * scale, first_key, dk.stride_m, rows_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+        _store_parts(
+            dk_ptr, _scaled(sum_k, scale), first_key, dk.stride_m, rows_k, HEAD_DIM, BLOCK_N, BLOCK_D
+        )
     if NEEDS_DV:
-        _store_rows(dv_ptr, sum_v, first_key, dv.stride_m, rows_k, V_DIM, BLOCK_N, BLOCK_V)
+        _store_parts(dv_ptr, sum_v, first_key, dv.stride_m, rows_k, V_DIM, BLOCK_N, BLOCK_V)
 
 
 def launch_dk_dv(

@@ -10,17 +10,23 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._parts import (
+    _add_product,
+    _load_own_parts,
+    _load_parts,
+    _products_of_rows,
+    _scaled,
+    _store_parts,
+    _zero_parts,
+)
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
 from fastattn.kernels._tiles import (
     _key_schedule,
     _key_window,
     _load_log2_sum,
-    _load_own_tile,
-    _load_tile,
     _rows_at,
     _sequence,
     _split_program,
-    _store_rows,
     _stretch,
     _visible,
 )
@@ -65,9 +71,9 @@ def _accumulate_dq(
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), within the tile, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
-        k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
-        v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        k = _load_parts(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
+        v = _load_parts(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+        products = _products_of_rows(q, k)  # (BLOCK_M, BLOCK_N)
         scores, cap_slope = _scores_of(
             products, score, slope, batch, head, first_row, first_key, rows, keys, SEQ_Q, OFFSET
         )
@@ -75,12 +81,12 @@ def _accumulate_dq(
         if MASKED:
             visible = _visible(first_row, first_key, rows, keys, SEQ_K, LOW, HIGH, HAS_LEFT, HAS_RIGHT, ENDS)
             weights = tl.where(visible, weights, 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        dweights = _products_of_rows(dout, v)  # (BLOCK_M, BLOCK_N)
         dweights = _dropped(dweights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
         dscores = weights * (dweights - delta[:, None])
         if score.softcap is not None:
             dscores = dscores * cap_slope
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+        dq = _add_product(dq, dscores.to(k[0].dtype), k)
     return dq
 
 
@@ -162,13 +168,13 @@ def _attention_dq_kernel(
     dq_ptr = dq.ptr + held * dq.stride_b + head * dq.stride_h + start_q * dq.stride_m
     statistics = (held * HEADS + head) * SEQ_Q + start_q
 
-    query = _load_own_tile(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED)
-    grad = _load_own_tile(dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, SPECIALIZED)
+    query = _load_own_parts(q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED)
+    grad = _load_own_parts(dout_ptr, first_row, dout.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, SPECIALIZED)
     rows = first_row + tl.arange(0, BLOCK_M)
     lse_log2 = _load_log2_sum(lse_ptr + statistics, rows, rows_q)
     delta = tl.load(delta_ptr + statistics + rows, mask=rows < rows_q, other=0.0)
     slope = _slope_of(score.slopes, batch, head)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    accumulator = _zero_parts(HEAD_DIM, BLOCK_M, BLOCK_D)
     begin, full_begin, full_end, end = _key_schedule(
         first_row, seq_k, low, high, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
@@ -180,7 +186,9 @@ def _attention_dq_kernel(
             HAS_LEFT, HAS_RIGHT, part != 1, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             ONE_LOOP, SPECIALIZED,
         )  # fmt: skip
-    _store_rows(dq_ptr, accumulator * scale, first_row, dq.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    _store_parts(
+        dq_ptr, _scaled(accumulator, scale), first_row, dq.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
 
 
 def launch_dq(

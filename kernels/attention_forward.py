@@ -21,6 +21,16 @@ from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_pla
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._parts import (
+    _add_product,
+    _load_own_parts,
+    _load_parts,
+    _over,
+    _products_of_rows,
+    _scaled,
+    _store_parts,
+    _zero_parts,
+)
 from fastattn.kernels._quantized import (
     E4M3_SHIFT,
     E4M3_UNSHIFT,
@@ -38,14 +48,11 @@ from fastattn.kernels._tiles import (
     _heads_of_rows,
     _key_schedule,
     _key_window,
-    _load_own_tile,
-    _load_tile,
     _own_split,
     _queries_of_rows,
     _rows_at,
     _sequence,
     _split_program,
-    _store_rows,
     _stretch,
     _visible,
 )
@@ -92,8 +99,8 @@ def _attend_keys(
     rows = rows[:, None]  # (BLOCK_M, 1), from the tile's first query on, as keys are
     keys = tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     for first_key in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
-        k = _load_tile(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        k = _load_parts(k_rows, first_key, SEQ_K, HEAD_DIM, BLOCK_N, BLOCK_D, MAY_OVERRUN=MASKED)
+        products = _products_of_rows(q, k)  # (BLOCK_M, BLOCK_N)
         of_tile = None
         if terms is not None:
             of_tile = _terms_of_tile(terms, first_key)
@@ -107,12 +114,12 @@ def _attend_keys(
         weights, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, SHIFT)
         weights = _dropped(weights, score.dropout, batch, head, HEADS, first_row, first_key, rows, keys)
         if terms is None:
-            v = _load_tile(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
-            accumulator = accumulator * rescale[:, None]
-            accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee")
+            v = _load_parts(v_rows, first_key, SEQ_K, V_DIM, BLOCK_N, BLOCK_V, MAY_OVERRUN=MASKED)
+            accumulator = _add_product(_scaled(accumulator, rescale[:, None]), weights.to(v[0].dtype), v)
         else:
-            v = _load_value_tile(v_rows, first_key, BLOCK_N, BLOCK_V)
-            accumulator = _add_values(accumulator * rescale[:, None], _in_value_order(weights).to(v.dtype), v)
+            values = _load_value_tile(v_rows, first_key, BLOCK_N, BLOCK_V)
+            rescaled = accumulator[0] * rescale[:, None]
+            accumulator = (_add_values(rescaled, _in_value_order(weights).to(values.dtype), values),)
     return accumulator, row_max, row_sum
 
 
@@ -206,10 +213,10 @@ def _attention_forward_kernel(
     lse_ptr += ((place * 2 if SPLIT else place) * HEADS + heads) * SEQ_Q + start_q
 
     first_row, rows = _queries_of_rows(first_row, GROUPS, BLOCK_M, FOLDED)
-    query = _load_own_tile(
+    query = _load_own_parts(
         q_ptr, first_row, q.stride_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALIZED, rows
     )
-    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    accumulator = _zero_parts(V_DIM, BLOCK_M, BLOCK_V)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     terms = None
@@ -239,17 +246,18 @@ def _attention_forward_kernel(
     if sinks_ptr is not None and terms is not None:
         sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
         row_max, row_sum, rescale = _with_sink(row_max, row_sum, sink)
-        accumulator = accumulator * rescale[:, None]
+        accumulator = _scaled(accumulator, rescale[:, None])
     result = accumulator
     if not SPLIT:
         # A row that saw no key has row_sum 0: its output is 0 / 1 and its lse -inf.
-        result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        result = _over(accumulator, tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     elif terms is not None:  # as `attention_combine` has them, and sinks
-        result = accumulator * E4M3_UNSHIFT
+        result = _scaled(accumulator, E4M3_UNSHIFT)
         row_sum = row_sum * E4M3_UNSHIFT
     if terms is not None:
-        result *= _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)[None, :]
-    _store_rows(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, rows)
+        scales = _load_value_scales(score, batch, kv_head, HEADS // GROUPS, BLOCK_V, BLOCK_D)
+        result = _scaled(result, scales[None, :])
+    _store_parts(out_ptr, result, first_row, out.stride_m, rows_q, V_DIM, BLOCK_M, BLOCK_V, rows)
     rows = first_row + rows
     if SPLIT:
         tl.store(lse_ptr + rows, row_max, mask=rows < rows_q)

@@ -104,10 +104,11 @@ def _starts(select: str, key: Key, target: Target) -> tuple[Any, ...]:
     """The configs of all forms of attention's loop that have one for this key (`form_reason`)."""
     if select != select_attention_config.__name__ or key[1] == 8:  # e4m3 operands have one form
         return ()
-    _, bits, head_dim, load = key
+    _, bits, width, load = key
+    head_dim, v_dim = width if isinstance(width, tuple) else (width, width)
     call = (head_dim, torch.float32 if bits == 32 else _BF16, target, load)
     served = [form for form in FORMS if form_reason(*call, form) is None]
-    return tuple(select_attention_form(*call, form) for form in served)
+    return tuple(select_attention_form(*call, form, v_dim) for form in served)
 
 
 def short_name(select: str) -> str:

@@ -76,7 +76,7 @@ CALLS = {
     select_cross_entropy_backward_config: _ALIGNED,
     select_rotary_config: list(product((1, 3, 16, 31, 32, 64, 100, 128), (0, 1, 64, 65, 128), (BF16, FP32))),
     select_linear_config: [(BF16,), (FP16,), (FP32,)],
-    select_attention_config: list(product((16, 64, 80, 128, 200, 256, 512), (BF16, FP16, FP32))),
+    select_attention_config: list(product((16, 64, 80, 128, 160, 192, 256, 512), (BF16, FP16, FP32))),
     select_decode_config: list(
         product((1, 16, 17, 100, 500), (16, 64, 80, 100, 200, 512), (BF16, FP16, FP32))
     )
@@ -200,6 +200,13 @@ def test_keys_are_few_and_tell_configs_apart(select):
 
 def test_loads_and_head_dimensions_of_attention_are_in_its_key():
     assert key_of(select_attention_config, 80, BF16, H200, "heavy") == ("sm_90", 16, 128, "heavy")
+    assert key_of(select_attention_config, 80, BF16, H200) == ("sm_90", 16, 80, "plain")
+    assert key_of(select_attention_config, 192, BF16, H200, "plain", 128) == (
+        "sm_90",
+        16,
+        (192, 128),
+        "plain",
+    )
     assert key_of(select_attention_config, 512, BF16, H200, "heavy") == ("sm_90", 16, 512, "plain")
     assert key_of(select_attention_config, 64, FP32, H200) == ("sm_90", 32, 64, "plain")
     assert key_of(select_attention_config, 80, torch.float8_e4m3fn, H200) == ("sm_90", 8, 128, "plain")
