@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._arguments import Rows
-from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
 from fastattn.kernels._attention_forms import dk_dv_warp_groups_reason, form_reason, select_attention_form
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
@@ -265,3 +265,16 @@ def test_dk_dv_warp_groups_say_what_they_do_not_serve() -> None:
     assert "sm_90, not for interpreter" in str(dk_dv_warp_groups_reason(lse, 128, INTERPRETER))
     many = lse.expand(1 << 20, 16, 8)
     assert "must be below 2**31" in str(dk_dv_warp_groups_reason(many, 128, SM_90))
+
+
+@pytest.mark.parametrize(
+    ("stages", "widths", "needs_dk", "expected"),
+    [(4, (64, 64), True, 4), (4, (128, 128), True, 4), (2, (256, 256), True, 1), (2, (256, 256), False, 2)],
+)
+def test_slots_for_gradients_fit_shared_memory(
+    stages: int, widths: tuple[int, int], needs_dk: bool, expected: int
+) -> None:
+    from fastattn.kernels.attention_backward_dk_dv_warp_groups import _stages_of_gradients
+
+    tiles = AttentionTiles(64, 128, 4, stages, "warp_groups")
+    assert _stages_of_gradients(tiles, *widths, needs_dk, SM_90) == expected
