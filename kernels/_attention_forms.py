@@ -191,6 +191,8 @@ def layout_reason(tensors: Sequence[Tensor], asked: AttentionOptions) -> str | N
     if asked.key_lengths is not None:
         return "key_lengths hides keys within the tensor, descriptors end at its end"
     for tensor in tensors:
+        if tensor.numel() == 0:
+            return f"a tensor of shape {tuple(tensor.shape)} has no rows, and a descriptor needs one"
         stride_b, stride_h, stride_m, _ = tensor.stride()
         if stride_b > 0 and stride_h > 0 and stride_m > 0:
             bytes_apart = (stride_b | stride_h | stride_m) * tensor.itemsize

@@ -270,6 +270,7 @@ def _attention_dk_dv_warp_groups_kernel(
     slots for tiles of q and of dO.
     """
     CONSUMERS: gl.constexpr = BLOCK_N // _ROWS
+    gl.static_assert(CONSUMERS == 2, "there are two warp groups, of 64 keys each")
     blocks = gl.cdiv(SEQ_K, BLOCK_N)
     tile, batch, head = _split_program(blocks, KV_HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     _k, _o, _l, high = _key_window(batch, None, SEQ_Q, SEQ_K, 0, RIGHT, BOTTOM_RIGHT)

@@ -231,6 +231,7 @@ def _attention_forward_warp_groups_kernel(
     (1, 1, 64 or BLOCK_N, width), out is `Rows`, lse (batch, HEADS, SEQ_Q), contiguous. scale is in base 2 and above 0.
     """
     CONSUMERS: gl.constexpr = BLOCK_M // _ROWS
+    gl.static_assert(CONSUMERS == 2, "there are two warp groups, of 64 queries each")
     blocks = gl.cdiv(SEQ_Q, BLOCK_M)
     tile, batch, head = _split_program(blocks, HEADS, HEADS_TOGETHER, HEADS_ABSENT)
     _k, _o, _l, high = _key_window(batch, None, SEQ_Q, SEQ_K, 0, RIGHT, BOTTOM_RIGHT)

@@ -19,7 +19,7 @@ from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
 from tests.attention_checks import AttentionCase, assert_attention_accurate, naive_results
-from tests.gluon_simulator import Descriptor, Pointer, simulate
+from tests.gluon_simulator import Descriptor, Pointer, SimulationError, simulate
 from tests.warp_group_checks import RING_CHANGES, among_nan, assert_some_schedule_fails
 
 SM_90 = KNOWN_TARGETS["sm_90"]
@@ -202,6 +202,13 @@ def test_the_simulation_finds_what_is_wrong(name: str) -> None:
     if name == next(iter(CHANGES)):  # as it is, nothing fails
         assert_attention_accurate(case, case.inputs(torch.device("cpu")), run(case, 0))
     assert_some_schedule_fails(run, [case], CHANGES[name], 16)
+
+
+def test_tiles_for_other_than_two_groups_do_not_compile() -> None:
+    """Tuning doubles tiles: two groups more would be waited for, and never come."""
+    case = AttentionCase(1, 1, 1, 64, 40, 16, False, dtype=BF16)
+    with pytest.raises(SimulationError, match="there are two warp groups, of 64 keys each"):
+        run(case, 0, change=("BLOCK_N // _ROWS", "2 * BLOCK_N // _ROWS"))
 
 
 # With one slot for dO, in launches for dk, dv or both.

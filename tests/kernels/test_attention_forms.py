@@ -198,8 +198,12 @@ def _tensor(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -
         (_tensor((2, 2, 4, 20), (160, 80, 20, 1)), "a stride of 40 bytes must be a positive multiple of 16"),
         (_tensor((2, 2, 4, 16), (0, 64, 16, 1)), "a stride of 0 bytes must be a positive multiple of 16"),
         (_tensor((2, 2, 4, 16), (128, 64, 16, 1), 4), "an address of 8 modulo 16 must be a multiple of it"),
+        (
+            _tensor((2, 2, 0, 16), (128, 64, 16, 1)),
+            "a tensor of shape (2, 2, 0, 16) has no rows, and a descriptor needs one",
+        ),
     ],
-    ids=["dense", "ones", "odd-rows", "broadcast", "odd-base"],
+    ids=["dense", "ones", "odd-rows", "broadcast", "odd-base", "empty"],
 )
 def test_layouts_that_descriptors_read(tensor: Tensor, reason: str | None) -> None:
     assert layout_reason([tensor], AttentionOptions(1.0)) == reason

@@ -161,6 +161,13 @@ def test_the_simulation_finds_what_is_wrong(name: str) -> None:
     assert_some_schedule_fails(run, cases, CHANGES[name], 24)
 
 
+def test_tiles_for_other_than_two_groups_do_not_compile() -> None:
+    """Tuning doubles tiles: two groups more would be waited for, and never come."""
+    case = AttentionCase(1, 1, 1, 64, 40, 16, False, dtype=BF16)
+    with pytest.raises(SimulationError, match="there are two warp groups, of 64 queries each"):
+        run(case, 0, change=("BLOCK_M // _ROWS", "2 * BLOCK_M // _ROWS"))
+
+
 def test_a_deadlock_says_who_waits_for_what() -> None:
     case = AttentionCase(1, 1, 1, 64, 200, 16, False, dtype=BF16)
     with pytest.raises(
