@@ -318,16 +318,14 @@ def bits_of(dtype: torch.dtype) -> int:
 def takes_parts(dtype: torch.dtype, target: Target, load: str) -> bool:
     """Whether rows lie in two tiles where `fastattn.kernels._layout.first_block` has two.
 
-    As compiled, they win where products bind. Not in 32 bits, which spill at 96; nor where instructions bind and two
-    tiles take more of them: on AMD (gfx942 at 96: 92.5 a score in dq for 77.8), and on sm_100 (37.8 in dk and dv for
-    31.0, with spills). Nor with what modifies the scores: at 96 dropout and a bias spill on sm_80. The interpreter has
-    them always.
+    Where that was compiled, wins and does not spill, which is on sm_80 and sm_90, in 16 bits, with scores that nothing
+    modifies. Elsewhere one padded tile: in 32 bits 96 columns spill, with dropout and a bias too (sm_80); on gfx942 and
+    sm_100 instructions bind, of which two tiles take more; on sm_89 and sm_120 tiles of sm_80 spill. The interpreter
+    has two always.
     """
     if target.backend == "interpreter":
         return True
-    blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    return target.backend == "cuda" and not blackwell and narrow and load == "plain"
+    return target.arch in (80, 90) and dtype in (torch.float16, torch.bfloat16) and load == "plain"
 
 
 def width_class(
