@@ -15,6 +15,7 @@ from fastattn.kernels._attention_config import (
     AttentionTiles,
     score_load,
     select_attention_config,
+    width_class,
 )
 from fastattn.kernels._layout import block_d, rows_contiguous, rows_too_far
 from fastattn.kernels._options import AttentionOptions
@@ -197,7 +198,8 @@ def test_every_target_has_a_config(arch: str) -> None:
     for head_dim in range(1, 257):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             config = select_attention_config(head_dim, dtype, KNOWN_TARGETS[arch])
-            assert config is select_attention_config(block_d(head_dim), dtype, KNOWN_TARGETS[arch])
+            width = width_class(head_dim, dtype, KNOWN_TARGETS[arch], "plain")
+            assert config is select_attention_config(width, dtype, KNOWN_TARGETS[arch])
             for tiles in (config.forward, config.dq, config.dk_dv):
                 assert min(tiles.block_m, tiles.block_n) >= 16
                 assert tiles.num_warps in (1, 2, 4, 8)
