@@ -13,16 +13,20 @@ GPU_ARGS ?=
 TEST_WORKERS ?= auto
 TEST_THREADS ?= 1
 
+# As pyproject.toml has it.
+OLDEST_TRITON := 3.6.0
+
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/triton-$(OLDEST_TRITON)
 # A GPU machine often has PyTorch already: without .venv the system's Python is used, from the checkout.
 GPU_PYTHON ?= $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 VERSION_CHECK := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install lint format test demo bench gpu wheel clean distclean
+.PHONY: help install lint format test oldest demo bench gpu wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +56,16 @@ format: $(STAMP)  ## let ruff mend what it can
 test: lint  ## lint, then every test that this machine can run
 	OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest \
 	    -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+$(OLDEST): $(STAMP)
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps --target $@ triton==$(OLDEST_TRITON)
+	@touch $@
+
+oldest: $(OLDEST)  ## every kernel compiled for sm_90 by the oldest Triton that is supported
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -m benchmarks inspect --arch sm_90 --quiet
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) \
+	    --maxprocesses 8 --dist worksteal tests/kernels/*_warp_groups_code.py \
+	    tests/kernels/test_machine_code.py::test_the_compiler_is_that_of_the_tests $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## train a GPT on real text with every implementation and write the report
 	$(VENV_PYTHON) -m benchmarks demo $(DEMO_ARGS)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_compiling(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, where kernels are compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 

@@ -214,6 +214,13 @@ print(sys.modules["fastattn.kernels.gelu"].__file__)
     assert Path(output).parent == installed / "fastattn" / "kernels"
 
 
+def test_the_oldest_triton_that_is_tried_is_the_oldest_allowed():
+    makefile = (ROOT / "Makefile").read_text()
+    (tried,) = re.findall(r"^OLDEST_TRITON := (\S+)$", makefile, re.MULTILINE)
+    (allowed,) = re.findall(r'"triton>=([^;]+);', (ROOT / "pyproject.toml").read_text())
+    assert tried.startswith(allowed + ".")
+
+
 def test_import_leaves_triton_and_optional_packages_alone(tmp_path):
     code = f"""
 import sys

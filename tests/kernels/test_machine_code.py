@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from tests.compiling import run_compiling, run_inspect
 
@@ -52,6 +53,12 @@ def check_tensor_cores(rows: list[dict[str, Any]], arch: str) -> None:
     kinds = {kind for row in products for kind in row["tensor_cores"]}
     assert kinds == {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "gfx942": {"MFMA"}}[arch]
     assert all(row["loop_tensor_cores"] for row in products)
+
+
+def test_the_compiler_is_that_of_the_tests() -> None:
+    """`make oldest` puts another Triton before the one that is installed."""
+    done = run_compiling("-c", "import triton; print(triton.__version__, triton.__file__)")
+    assert done.stdout.split() == [triton.__version__, triton.__file__]
 
 
 def test_a_planted_spill_fails_the_check() -> None:
