@@ -340,6 +340,8 @@ def width_class(
     first = first_block(head_dim)
     if first >= head_dim or not takes_parts(dtype, target, load):
         return _padded_width(head_dim)
+    if head_dim % 8 or (v_dim or 0) % 8:
+        return _padded_width(head_dim)  # in narrow loads, whose addresses take the registers that are left
     if first == 128 and v_dim is not None and v_dim <= 128:
         return 192, 128
     return max(first + first // 4, first + block_d(head_dim - first))
