@@ -213,7 +213,10 @@ def test_explain_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     described = _attention_triton.describe_triton(q, k, k, False, None, features, False)
     assert described == "fused Triton kernels, memory linear in the sequence; rows by pointers" + SAID[name]
     quantized = Features(quantize="e4m3")
-    assert "splits" not in _attention_triton.describe_triton(q, k, k, False, None, quantized, False)
+    on_e4m3 = _attention_triton.describe_triton(q, k, k, False, None, quantized, False)
+    assert "e4m3 products" in on_e4m3
+    for words in ("splits", "query heads in a tile"):
+        assert (words in on_e4m3) == (words in SAID[name])
 
 
 def test_explain_of_nothing(device: torch.device) -> None:
