@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import _target
-from fastattn.kernels._attention_config import AttentionTiles
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions
 

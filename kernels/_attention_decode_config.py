@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastattn.kernels._attention_config import ATTENTION_WIDEST, AttentionTiles, attention_family, bits_of
+from fastattn.kernels._attention_config import attention_family, bits_of
+from fastattn.kernels._attention_tables import ATTENTION_WIDEST, AttentionTiles
 from fastattn.kernels._config import tunable
 from fastattn.kernels._target import Target
 

@@ -21,12 +21,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import (
-    AttentionConfig,
-    AttentionTiles,
-    pointers_config,
-    select_attention_config,
-)
+from fastattn.kernels._attention_config import pointers_config, select_attention_config
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target

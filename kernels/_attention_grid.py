@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastattn.kernels._attention_config import AttentionTiles
 from fastattn.kernels._attention_decode_config import CombineTiles, select_decode_config
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import is_broadcast
 from fastattn.kernels._options import AttentionOptions

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, heads_together, takes_parts
+from fastattn.kernels._attention_config import heads_together, takes_parts
 from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
 from fastattn.kernels._attention_grid import counted_keys, few_queries_grid
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import block_d, first_block, rows_readable
 from fastattn.kernels._options import AttentionOptions

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, rows_of, score_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_forms import (
     dk_dv_warp_groups_reason,
     dq_warp_groups_reason,
     layout_reason,
 )
 from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
+from fastattn.kernels._attention_tables import AttentionConfig
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import empty_gradient
 from fastattn.kernels._options import AttentionOptions

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
-from fastattn.kernels._attention_config import AttentionTiles
 from fastattn.kernels._attention_plan import AttentionLaunch
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._math import LOG2_E
 from fastattn.kernels._options import AttentionOptions

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, read_rows, rows_of, score_of, sequences_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_forms import layout_reason, warp_groups_reason
 from fastattn.kernels._attention_grid import may_fold
 from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_place
+from fastattn.kernels._attention_tables import AttentionConfig
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Quantized, rows_of, score_of, sequences_of
-from fastattn.kernels._attention_config import AttentionConfig, score_load
+from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_grid import may_fold
 from fastattn.kernels._attention_plan import forward_plan, reach_of
+from fastattn.kernels._attention_tables import AttentionConfig
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels.attention_combine import attention_combine, empty_parts

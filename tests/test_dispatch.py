@@ -10,7 +10,8 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.dispatch import Implementation, NotSupported, Operation
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
 from fastattn.testing import make_tensor
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.attention_checks import AttentionCase, assert_attention_accurate
-from tests.gluon_simulator import SimulationError
+from tests.gluon_device import SimulationError
 
 Change = tuple[str, str]
 

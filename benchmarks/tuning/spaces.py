@@ -13,7 +13,7 @@ from itertools import product, zip_longest
 from math import log2, prod
 from typing import Any
 
-from fastattn.kernels._attention_config import AttentionTiles
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._linear_config import LinearConfig
 from fastattn.kernels._rotary_config import RotaryConfig
 from fastattn.kernels._target import Target

@@ -18,7 +18,8 @@ from benchmarks.tuning import command, table
 from benchmarks.tuning.bench import CaseBench, running_launches
 from benchmarks.tuning.plan import plan
 from benchmarks.tuning.resume import read_results
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._pointwise_config import GeluConfig
 from fastattn.kernels._target import target_of
 from tests.benchmarks.tuning_on_nothing import BF16, DESCRIBED, options

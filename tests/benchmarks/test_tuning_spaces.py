@@ -14,8 +14,9 @@ from benchmarks.tuning import spaces
 from benchmarks.tuning.compiling import Compilation, distinct
 from benchmarks.tuning.plan import plan, tuning_cases
 from fastattn.kernels import _config
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import FORMS, select_attention_form
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._config import forced_config, measured_configs
 from fastattn.kernels._linear_config import LinearConfig, select_linear_config
 from fastattn.kernels._measurement import Measured, Run

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._arguments import rows_of
-from fastattn.kernels._attention_config import (
-    AttentionConfig,
-    AttentionTiles,
-    score_load,
-    select_attention_config,
-    width_class,
-)
+from fastattn.kernels._attention_config import score_load, select_attention_config, width_class
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._layout import block_d, rows_contiguous, rows_too_far
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import KNOWN_TARGETS

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels._arguments import Rows
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import dk_dv_warp_groups_reason, form_reason, select_attention_form
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
 from tests.attention_checks import AttentionCase, assert_attention_accurate, naive_results
-from tests.gluon_simulator import Descriptor, Pointer, SimulationError, simulate
+from tests.gluon_device import SimulationError
+from tests.gluon_simulator import Descriptor, Pointer, simulate
 from tests.warp_group_checks import RING_CHANGES, among_nan, assert_some_schedule_fails
 
 SM_90 = KNOWN_TARGETS["sm_90"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles
 from fastattn.kernels._attention_decode_config import CombineTiles, DecodeConfig, select_decode_config
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER

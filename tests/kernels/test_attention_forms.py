@@ -14,12 +14,7 @@ from torch import Tensor
 import fastattn
 from benchmarks.providers.attention_forms import _FormFunction
 from fastattn.kernels import _target
-from fastattn.kernels._attention_config import (
-    AttentionConfig,
-    AttentionTiles,
-    score_load,
-    select_attention_config,
-)
+from fastattn.kernels._attention_config import score_load, select_attention_config
 from fastattn.kernels._attention_forms import (
     FORMS,
     SHIPPED_FORM,
@@ -28,6 +23,7 @@ from fastattn.kernels._attention_forms import (
     layout_reason,
     select_attention_form,
 )
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS
 from fastattn.kernels.attention_backward import attention_backward

@@ -9,15 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels._attention_config import (
-    AttentionConfig,
-    AttentionTiles,
-    select_attention_config,
-    takes_parts,
-    width_class,
-)
+from fastattn.kernels._attention_config import select_attention_config, takes_parts, width_class
 from fastattn.kernels._attention_forms import select_attention_form
 from fastattn.kernels._attention_plan import backward_plan, forward_plan
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
 from fastattn.kernels._layout import block_d, first_block
 from fastattn.kernels._parts import _add_product_to_rows, _store_parts

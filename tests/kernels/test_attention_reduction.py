@@ -14,8 +14,9 @@ from torch import Tensor
 
 import fastattn
 from fastattn.kernels import attention_backward as backward_module
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import form_reason, select_attention_form
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import target_of

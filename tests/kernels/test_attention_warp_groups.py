@@ -16,7 +16,8 @@ from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, target_of
 from fastattn.kernels.attention_forward import attention_forward
 from tests.attention_checks import AttentionCase, assert_attention_accurate
-from tests.gluon_simulator import Descriptor, Pointer, SimulationError, simulate
+from tests.gluon_device import SimulationError
+from tests.gluon_simulator import Descriptor, Pointer, simulate
 from tests.warp_group_checks import RING_CHANGES, among_nan, assert_some_schedule_fails
 
 SM_90 = KNOWN_TARGETS["sm_90"]

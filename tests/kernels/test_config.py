@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastattn.kernels import _attention_forms, _config
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_decode_config import select_decode_config
 from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason, select_attention_form
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._config import asked_configs, forced_config, measured_configs
 from fastattn.kernels._linear_config import select_linear_config
 from fastattn.kernels._loss_config import (

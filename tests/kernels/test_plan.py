@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from fastattn.kernels._attention_config import AttentionConfig, AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_forms import select_attention_form
 from fastattn.kernels._attention_plan import backward_plan, forward_plan, read_in_place
+from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import asked_configs, forced_config
 from fastattn.kernels._pointwise_config import TileConfig, select_tile_config, tile_plan
 from fastattn.kernels._target import KNOWN_TARGETS

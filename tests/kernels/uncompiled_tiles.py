@@ -12,7 +12,8 @@ import torch
 from benchmarks.cases import AttentionCase
 from benchmarks.inspection import launches_of, shipped_cases
 from benchmarks.inspection.cases import is_telling
-from fastattn.kernels._attention_config import AttentionTiles, select_attention_config
+from fastattn.kernels._attention_config import select_attention_config
+from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._target import KNOWN_TARGETS
 
 # (kernel, head dimension, tile)
