@@ -57,11 +57,13 @@ test: lint  ## lint, then every test that this machine can run
 	OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest \
 	    -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
-$(OLDEST): $(STAMP)
-	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps --target $@ triton==$(OLDEST_TRITON)
+$(OLDEST)/.installed: $(STAMP)
+	rm -rf $(OLDEST)
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
 	@touch $@
 
-oldest: $(OLDEST)  ## every kernel compiled for sm_90 by the oldest Triton that is supported
+oldest: $(OLDEST)/.installed  ## every kernel compiled for sm_90 by the oldest Triton that is supported
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)"'
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -m benchmarks inspect --arch sm_90 --quiet
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) \
 	    --maxprocesses 8 --dist worksteal tests/kernels/*_warp_groups_code.py \

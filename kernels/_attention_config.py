@@ -46,47 +46,65 @@ def takes_parts(dtype: torch.dtype, target: Target, load: str) -> bool:
 
 
 def width_class(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str, v_dim: int | None = None
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    load: str,
+    v_dim: int | None = None,
+    narrow: bool = False,
 ) -> Width:
     """What tiles depend on of the widths: head_dim, the wider of q's and v's, rounded up to what its tiles hold.
 
-    v's width counts where q and k lie in two tiles of up to 192 columns and v in one: (192, 128).
+    v's width counts where q and k lie in two tiles of up to 192 columns and v in one: (192, 128). `narrow` is that of
+    `fastattn.kernels._layout.rows_narrow`: the addresses of such loads take the registers that are left.
     """
     if head_dim > 256:
         return 512
     first = first_block(head_dim)
     if first >= head_dim or not takes_parts(dtype, target, load):
         return _padded_width(head_dim)
-    if head_dim % 8 or (v_dim or 0) % 8:
-        return _padded_width(head_dim)  # in narrow loads, whose addresses take the registers that are left
+    if narrow or head_dim % 8 or (v_dim or 0) % 8:
+        return _padded_width(head_dim)
     if first == 128 and v_dim is not None and v_dim <= 128:
-        return 192, 128
+        # On sm_80 tiles for 192 spill with a second part of 16 or 32 columns.
+        few = target.arch == 80 and block_d(head_dim - first) < 64
+        return 160 if few else (192, 128)
     return max(first + first // 4, first + block_d(head_dim - first))
 
 
 @tunable(
-    lambda head_dim, dtype, target, load="plain", v_dim=None: (
+    lambda head_dim, dtype, target, load="plain", v_dim=None, narrow=False: (
         bits_of(dtype),
-        width_class(head_dim, dtype, target, load, v_dim),
+        width_class(head_dim, dtype, target, load, v_dim, narrow),
         load if head_dim <= 256 else "plain",
     )
 )
 def select_attention_config(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", v_dim: int | None = None
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    load: str = "plain",
+    v_dim: int | None = None,
+    narrow: bool = False,
 ) -> AttentionConfig:
     """The tiles for a head dimension up to 512 (the wider of q's and v's), a dtype and a target: the form that ships.
 
     `load` is what modifies the scores: "plain", "light", "thin", "plane" or "heavy", see `score_load`. `v_dim` is v's
-    width, if it may be less.
+    width, if it may be less; for `narrow` see `width_class`.
     """
     # Which is made of this module's.
     from fastattn.kernels._attention_forms import SHIPPED_FORM, select_attention_form
 
-    return select_attention_form(head_dim, dtype, target, load, SHIPPED_FORM, v_dim)
+    return select_attention_form(head_dim, dtype, target, load, SHIPPED_FORM, v_dim, narrow)
 
 
 def pointers_config(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str = "plain", v_dim: int | None = None
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    load: str = "plain",
+    v_dim: int | None = None,
+    narrow: bool = False,
 ) -> AttentionConfig:
     """The same of the form "pointers", which serves every call; modelled, whatever was measured."""
     if target.backend == "interpreter":
@@ -102,7 +120,7 @@ def pointers_config(
     key = (family, bits, _padded_width(head_dim))
     config = heavy = ATTENTION_HEAVY[key]
     if load == "plain":
-        width = width_class(head_dim, dtype, target, load, v_dim)
+        width = width_class(head_dim, dtype, target, load, v_dim, narrow)
         config = ATTENTION_PARTS.get((family, width), ATTENTION[key])
     elif load == "plane":
         config = ATTENTION_PLANE.get(key, heavy)

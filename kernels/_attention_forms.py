@@ -98,14 +98,20 @@ _FORMS["warp_groups", 256] = replace(
 
 
 def select_attention_form(
-    head_dim: int, dtype: torch.dtype, target: Target, load: str, form: str, v_dim: int | None = None
+    head_dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    load: str,
+    form: str,
+    v_dim: int | None = None,
+    narrow: bool = False,
 ) -> AttentionConfig:
     """The modelled config of a form, or that of "pointers" where `form_reason` says why there is none.
 
     What was measured goes before that of `SHIPPED_FORM`, in `select_attention_config`, and is of whatever form.
     """
     if form == "pointers" or form_reason(head_dim, dtype, target, load, form) is not None:
-        return pointers_config(head_dim, dtype, target, load, v_dim)
+        return pointers_config(head_dim, dtype, target, load, v_dim, narrow)
     return _FORMS[form, _width(head_dim)]
 
 
@@ -216,6 +222,7 @@ def fitting_config(
     target: Target,
     load: str,
     v_dim: int | None = None,
+    narrow: bool = False,
 ) -> AttentionConfig:
     """The config of a launch if it can read the tensors: the given one, the measured one or the shipped form's.
 
@@ -223,19 +230,24 @@ def fitting_config(
     `described`: whether descriptors can read the tensors, see `layout_reason`.
     """
     if config is None:
-        config = select_attention_config(head_dim, dtype, target, load, v_dim)
+        config = select_attention_config(head_dim, dtype, target, load, v_dim, narrow)
     if not uses_descriptors(config):
         return config
     # With specialized warps, a loop that loads more than its rows is not known to compile.
-    forms = (config.forward.form, config.dq.form, config.dk_dv.form)
+    forms = {tiles.form for tiles in _tiles_of(config)}
     plain = "specialized" in forms or "warp_groups" in forms
     if described and (load == "plain" or not plain):
         return config
-    return pointers_config(head_dim, dtype, target, load, v_dim)
+    return pointers_config(head_dim, dtype, target, load, v_dim, narrow)
 
 
 def uses_descriptors(config: AttentionConfig) -> bool:
-    return config.forward.descriptors or config.dq.descriptors or config.dk_dv.descriptors
+    return any(tiles.descriptors for tiles in _tiles_of(config))
+
+
+def _tiles_of(config: AttentionConfig) -> tuple[AttentionTiles, ...]:
+    """Those of the kernels that have forms."""
+    return config.forward, config.dq, config.dk_dv, config.dv or config.dk_dv
 
 
 def _width(head_dim: int) -> int:

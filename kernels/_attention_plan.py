@@ -19,7 +19,7 @@ from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
 from fastattn.kernels._attention_grid import counted_keys, few_queries_grid
 from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import ceil_div
-from fastattn.kernels._layout import block_d, first_block, rows_readable
+from fastattn.kernels._layout import block_d, first_block, rows_narrow, rows_readable
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._plan import planned
 from fastattn.kernels._target import Target
@@ -82,7 +82,6 @@ def forward_plan(
     """The plan of tensors of these shapes and strides.
 
     Args:
-        strides: of each tensor the last two are enough.
         load: see `score_load`.
         reach: see `reach_of`.
         config: replaces the one chosen for the shape and target, also where queries are few.
@@ -91,7 +90,8 @@ def forward_plan(
     """
     # Kept for the call as it is, one look-up where nothing grows, and for it less what a further key changes.
     return _forward_plan(
-        shape_q, shape_v[1], shape_v[3], strides, dtype, load,
+        shape_q, shape_v[1], shape_v[3], tuple([rows_readable(of) for of in strides]),
+        rows_narrow((shape_q[3], shape_v[3]), strides), dtype, load,
         (*reach[:5], counted_keys(reach)), config, target, folds, described,
     )  # fmt: skip
 
@@ -101,7 +101,8 @@ def _forward_plan(
     shape_q: tuple[int, ...],
     kv_heads: int,
     v_dim: int,
-    strides: Strides,
+    in_place: tuple[bool, ...],
+    narrow: bool,
     dtype: torch.dtype,
     load: str,
     reach: tuple[Any, ...],
@@ -112,7 +113,6 @@ def _forward_plan(
 ) -> ForwardPlan:
     """`reach` has the keys in round numbers, see `counted_keys`."""
     width, heads = max(shape_q[3], v_dim), shape_q[1]
-    in_place = tuple(rows_readable(of) for of in strides)
     sizes = _sizes(shape_q, kv_heads, v_dim, reach, takes_parts(dtype, target, load))
     few = few_queries_grid(heads, kv_heads, reach, width, dtype, target, folds) if config is None else None
     if few is not None:
@@ -120,7 +120,7 @@ def _forward_plan(
         # Products do not bind there.
         launch.constants.update(**_whole(sizes), FOLDED=few.folded, SPLIT=len(few.grid) > 1)
         return ForwardPlan(False, in_place, launch, few.combine if len(few.grid) > 1 else None)
-    config = fitting_config(config, described, width, dtype, target, load, v_dim)
+    config = fitting_config(config, described, width, dtype, target, load, v_dim, narrow)
     together, _ = _heads_together(sizes, heads, reach, dtype, target)
     launch = _by_queries(config.forward, heads, sizes, reach, together)
     launch.constants.update(FOLDED=False, SPLIT=False)
@@ -142,7 +142,8 @@ def backward_plan(
     """The plan of tensors of these shapes and strides; see `forward_plan`."""
     batch, heads, seq_q, head_dim = shape_q
     kv_heads, v_dim = shape_v[1], shape_v[3]
-    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load, v_dim)
+    narrow = rows_narrow((head_dim, v_dim), strides)
+    config = fitting_config(config, described, max(head_dim, v_dim), dtype, target, load, v_dim, narrow)
     sizes = _sizes(shape_q, kv_heads, v_dim, reach, takes_parts(dtype, target, load))
     sizes |= {"SEQ_K": shape_v[2], "MAX_SEQ_K": reach[5]}
     sequences = reach[3]

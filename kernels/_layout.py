@@ -86,6 +86,16 @@ def first_block(head_dim: int) -> int:
     return half if two else whole
 
 
+def rows_narrow(widths: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
+    """Whether rows of 16 bits that a kernel reads in place are not loaded 16 bytes at a time.
+
+    So it is where 8 does not divide their width, or how far rows, heads or batches lie apart.
+    """
+    if any(width % 8 for width in widths):
+        return True
+    return any(stride % 8 for of in strides if rows_readable(of) for stride in of[:-1])
+
+
 def halves(x: Tensor, second_first: bool) -> tuple[Tensor, Tensor]:
     """Both halves of the last dimension, as views, in either order."""
     first, second = x.chunk(2, dim=-1)

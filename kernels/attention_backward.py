@@ -125,10 +125,12 @@ def attention_backward(
     lse = lse.contiguous()
     if plan.dq.tiles.form == "warp_groups" and dq_warp_groups_reason(_target.target_of(q.device)) is not None:
         plan = backward_plan(*layout, described=False)
-    if plan.dk_dv.tiles.form == "warp_groups":
-        rows, target = plan.dk_dv.tiles.block_m, _target.target_of(q.device)
-        if dk_dv_warp_groups_reason(lse, rows, target) is not None:
-            plan = backward_plan(*layout, described=False)
+    for tiles in (plan.dk_dv.tiles, plan.dv.tiles):
+        if tiles.form == "warp_groups":
+            target = _target.target_of(q.device)
+            if dk_dv_warp_groups_reason(lse, tiles.block_m, target) is not None:
+                plan = backward_plan(*layout, described=False)
+                break
     dq_sum = _zeros_like_rows(q) if _adds_up_dq(needs, asked, plan.reduce_dq) else None
     with _target.launching_on(q):
         # dv alone reads no delta; any tensor can stand for its pointer.

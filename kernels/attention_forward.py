@@ -298,11 +298,9 @@ def attention_forward(
         if not packed:
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
     reach = reach_of(asked, q, k)
-    # Strides of batches and heads of a cache that grows are others at each step.
-    strides = q.stride(), k.stride()[2:], v.stride()[2:]
     layout = (
-        q.shape, v.shape, strides, q.dtype, score_load(asked), reach, config, _target.target_of(q.device),
-        may_fold(asked),
+        q.shape, v.shape, (q.stride(), k.stride(), v.stride()), q.dtype, score_load(asked), reach, config,
+        _target.target_of(q.device), may_fold(asked),
     )  # fmt: skip
     plan = forward_plan(*layout)
     q, k, v = read_in_place((q, k, v), plan.in_place)

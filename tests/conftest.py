@@ -1,6 +1,7 @@
 """What all tests share: without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of a GPU that several processes test on, behind a test of real sizes."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fastattn.kernels._attention_forms import FORMS, fitting_config, form_reason
 from fastattn.kernels._attention_grid import FewQueriesGrid, counted_keys, few_queries_grid, may_fold
 from fastattn.kernels._attention_plan import reach_of
 from fastattn.kernels._config import ceil_div
-from fastattn.kernels._layout import rows_too_far
+from fastattn.kernels._layout import rows_narrow, rows_too_far
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._target import Target, target_of
 from fastattn.ops._attention_call import Features, options_of
@@ -107,7 +107,9 @@ def _forms_of(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[list[str],
     asked, load, target, dtype, few = _launches_of(q, k, v, *others)
     head_dim = max(q.size(-1), v.size(-1))
     unread = layout_reason((q, k, v), asked)
-    config = fitting_config(None, unread is None, head_dim, dtype, target, load)
+    strides = tuple(tensor.stride() for tensor in (q, k, v))
+    narrow = rows_narrow((q.size(-1), v.size(-1)), strides)
+    config = fitting_config(None, unread is None, head_dim, dtype, target, load, v.size(-1), narrow)
     forward = config.forward if few is None else few.tiles
     taken = {"reduction" if config.reduce_dq else config.dk_dv.form, forward.form, config.dq.form}
     refused = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -203,6 +204,15 @@ def _tensor(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -
 )
 def test_layouts_that_descriptors_read(tensor: Tensor, reason: str | None) -> None:
     assert layout_reason([tensor], AttentionOptions(1.0)) == reason
+
+
+def test_the_tiles_of_dv_alone_count_as_a_form() -> None:
+    plain = select_attention_config(64, torch.bfloat16, INTERPRETER)
+    config = replace(plain, separate_dk_dv=True, dv=replace(plain.dk_dv, form="specialized"))
+    for load, described in (("plain", False), ("light", True)):
+        fitting = fitting_config(config, described, 64, torch.bfloat16, INTERPRETER, load)
+        assert fitting == plain
+    assert fitting_config(config, True, 64, torch.bfloat16, INTERPRETER, "plain") is config
 
 
 def test_layouts_that_descriptors_cannot_read_are_right(device: torch.device) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import fastattn
+from fastattn.kernels import _attention_plan
 from fastattn.kernels._attention_config import select_attention_config, takes_parts, width_class
-from fastattn.kernels._attention_forms import select_attention_form
+from fastattn.kernels._attention_forms import fitting_config, select_attention_form
 from fastattn.kernels._attention_plan import backward_plan, forward_plan
 from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
-from fastattn.kernels._layout import block_d, first_block
+from fastattn.kernels._layout import block_d, first_block, rows_narrow
 from fastattn.kernels._parts import _add_product_to_rows, _store_parts
+from fastattn.kernels._plan import forget_plans
 from fastattn.kernels._target import INTERPRETER, KNOWN_TARGETS, Target
+from fastattn.ops import _attention_triton
 from tests.attention_checks import AttentionCase, assert_attention_accurate
 from tests.attention_options import Case, check_options
 from tests.kernels.test_attention import _with_gaps, run
@@ -120,6 +125,60 @@ CLASSES = {
     (160, 160): 160, (192, 192): 192, (192, 136): 192, (192, 128): (192, 128), (144, 64): (192, 128),
     (256, 128): 256, (300, 300): 512,
 }  # fmt: skip
+
+
+def test_tiles_follow_the_second_part_on_sm_80() -> None:
+    a100 = KNOWN_TARGETS["sm_80"]
+    found = [width_class(width, BF16, a100, "plain", 128) for width in (136, 144, 160, 184, 192)]
+    assert found == [160, 160, 160, (192, 128), (192, 128)]
+
+
+@pytest.mark.parametrize(
+    "widths, distance, narrow",
+    [
+        ((96, 96), 96, False),
+        ((96, 96), 104, False),
+        ((96, 96), 100, True),
+        ((96, 96), 97, True),
+        ((90, 96), 96, True),
+    ],
+    ids=["dense", "wide-rows", "of-100", "odd", "a-narrow-q"],
+)
+def test_narrow_loads_have_the_tiles_of_the_padded_width(
+    widths: tuple[int, int], distance: int, narrow: bool
+) -> None:
+    """In larger tiles they spill: their addresses take the registers."""
+    assert not rows_narrow((96, 96), [(80_000, 96, 192, 1)])
+    assert rows_narrow((96, 96), [(80_000, 96, 192, 1), (80_000, 100, 200, 1)])
+    q_dim, v_dim = widths
+    strides = tuple((400 * distance, 200 * distance, distance, 1) for _ in range(5))
+    shapes = (1, 2, 200, q_dim), (1, 2, 200, v_dim)
+    reach = (-1, 0, False, 1, 200, 200)
+    width = 128 if narrow else 96
+    expected = select_attention_config(width, BF16, H200, "plain", width)
+    forward = forward_plan(*shapes, strides[:3], BF16, "plain", reach, None, H200)
+    backward = backward_plan(*shapes, strides, BF16, "plain", reach, None, H200)
+    found = forward.forward.tiles, backward.dq.tiles, backward.dk_dv.tiles
+    assert found == (expected.forward, expected.dq, expected.dk_dv)
+
+
+@pytest.mark.parametrize("distance", [96, 97])
+def test_explain_asks_for_the_config_of_the_launch(distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def recorded(*arguments: Any) -> AttentionConfig:
+        asked.append(arguments)
+        return fitting_config(*arguments)
+
+    for place in (_attention_plan, _attention_triton):
+        monkeypatch.setattr(place, "fitting_config", recorded)
+    rows = torch.zeros(1, 2, 140, distance)
+    q, v = rows[..., :96], rows[..., :64]
+    forget_plans()
+    fastattn.explain(q, q, v, implementation="triton")
+    fastattn.attention(q, q, v, implementation="triton")
+    forget_plans()
+    assert len(asked) > 1 and all(call[2:] == asked[0][2:] for call in asked)
 
 
 @pytest.mark.parametrize("widths", CLASSES, ids=str)
