@@ -87,13 +87,17 @@ def first_block(head_dim: int) -> int:
 
 
 def rows_narrow(widths: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
-    """Whether rows of 16 bits that a kernel reads in place are not loaded 16 bytes at a time.
+    """Whether rows of 16 bits are not loaded 16 bytes at a time where they lie.
 
     So it is where 8 does not divide their width, or how far rows, heads or batches lie apart.
     """
-    if any(width % 8 for width in widths):
-        return True
-    return any(stride % 8 for of in strides if rows_readable(of) for stride in of[:-1])
+    together = 0
+    for number in widths:
+        together |= number
+    for of in strides:
+        for number in of[:-1]:
+            together |= number
+    return together % 8 != 0
 
 
 def halves(x: Tensor, second_first: bool) -> tuple[Tensor, Tensor]:
