@@ -2,8 +2,8 @@
 
 A stand-in for Triton's driver has no device: kernels are compiled for one architecture and never run, since what would
 hand them to the driver does nothing, and tensors of the CPU stand for the device's. The public functions then take the
-path they take on a GPU. A call's time where `kernel[grid](...)` does nothing is our share, the rest is Triton's. Not
-in it: the driver's own launch, the check of the current device, and what a GPU's allocator costs more than a CPU's.
+path they take on a GPU, and their time is all but the driver's own launch, the check of the current device, and what a
+GPU's allocator costs more than a CPU's. Beside it: the same launches alone, by Triton's `kernel[grid](...)`.
 
     python -m benchmarks.launch_cost layer_norm rotary_embedding
 
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,12 +39,12 @@ from fastattn import dispatch
 
 Call = Callable[[], Any]
 
-# What an eager forward may cost above its launch, in microseconds.
+# What an eager forward may cost above `kernel[grid](...)`, in microseconds.
 MAX_ABOVE_LAUNCH_US = 10.0
 # Calls between two looks at the clock: short enough that most are not interrupted where others compute.
 _BURST = 20
 _ROWS, _WIDTH, _HEADS, _HEAD_DIM = 16, 256, 4, 64
-_STEPS = 5000
+_FIRST, _STEPS = 1000, 5000
 
 
 @contextlib.contextmanager
@@ -84,12 +85,29 @@ def without_device(arch: str = "sm_90") -> Iterator[None]:
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
     """Within the block `kernel[grid](...)` does nothing with its arguments."""
+    with _triton_s_launches(lambda kernel, grid, keywords: None):
+        yield
+
+
+def launches_of(call: Call) -> list[Call]:
+    """What Triton's own launches of a call are, once it has kept none."""
+    from fastattn.kernels._plan import forget_plans
+
+    found: list[tuple[Any, Any, dict[str, Any]]] = []
+    forget_plans()
+    with _triton_s_launches(lambda *launch: found.append(launch)):
+        call()
+    return [partial(kernel[grid], **keywords) for kernel, grid, keywords in found]
+
+
+@contextlib.contextmanager
+def _triton_s_launches(instead: Callable[[Any, Any, dict[str, Any]], object]) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
-    def nothing(*arguments: Any, **keywords: Any) -> None:
-        pass
+    def launcher(kernel: Any, grid: Any) -> Call:
+        return lambda **keywords: instead(kernel, grid, keywords)
 
-    with mock.patch.object(JITFunction, "__getitem__", lambda self, grid: nothing):
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
         yield
 
 
@@ -124,23 +142,23 @@ def launch_calls(gradients: bool) -> dict[str, tuple[Call, tuple[Tensor, ...]]]:
         "linear_cross_entropy": (lambda: fastattn.linear_cross_entropy(tiny, up, few), (tiny, up)),
     }
     if not gradients:
-        caches = _growing_caches(make(1, _HEADS, _STEPS, _HEAD_DIM))
+        caches = _growing_caches(make(1, _HEADS, _FIRST + _STEPS, _HEAD_DIM))
         calls["attention_step"] = (lambda: fastattn.attention(q[:, :, :1], *next(caches)), (q,))
     return calls
 
 
 def _growing_caches(longest: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """k and v of one more key each time, contiguous; more lengths than plans are kept, so that none comes again."""
+    """k and v of one more key each time, contiguous, in splits; more than plans are kept, so that none comes again."""
     heads, most, width = longest.shape[1:]
     flat = longest.flatten()
-    caches = [flat[: heads * seq * width].view(1, heads, seq, width) for seq in range(1, most + 1)]
+    caches = [flat[: heads * seq * width].view(1, heads, seq, width) for seq in range(_FIRST, most)]
     return itertools.cycle([(cache, cache) for cache in caches])
 
 
 def measure_launches(
     operations: list[str], rounds: int, clock: Callable[[], float] = time.thread_time
 ) -> Iterator[Row]:
-    """Rows of our share and Triton's, forward and with gradients; needs `without_device`.
+    """Rows of calls and of their launches alone, forward and with gradients; needs `without_device`.
 
     Both are taken in turn in each round, next to an allocation, whose time tells how fast the machine is just then.
     """
@@ -151,17 +169,17 @@ def measure_launches(
                 continue
             if gradients:
                 call = _with_backward(call, inputs)
+            launches = partial(_all, launches_of(call))
             samples_of: tuple[list[float], list[float], list[float]] = ([], [], [])
             for step in range(-2, rounds):
-                samples = [_burst(call, clock)]
-                with without_launches():
-                    samples.append(_burst(call, clock))
-                samples.append(_burst(lambda: torch.empty_like(like), clock))
+                samples = [
+                    _burst(timed, clock) for timed in (call, launches, partial(torch.empty_like, like))
+                ]
                 if step >= 0:  # kernels are compiled and plans made before
                     for kept, sample in zip(samples_of, samples, strict=True):
                         kept.append(sample)
-            whole, ours, unit = samples_of
-            share = summarize(ours)
+            whole, alone, unit = samples_of
+            share = summarize(whole)
             yield {
                 "operation": "launch",
                 "case": name,
@@ -171,8 +189,8 @@ def measure_launches(
                 "median_us": share.median,
                 "low_us": share.low,
                 "high_us": share.high,
-                "least_us": min(ours),
-                "triton_us": max(min(whole) - min(ours), 0.0),
+                "least_us": min(whole),
+                "triton_us": min(alone),
                 "empty_us": min(unit),
                 "bound_us": None if gradients else MAX_ABOVE_LAUNCH_US,
                 "rounds": rounds,
@@ -218,6 +236,11 @@ def count_calls(operations: list[str]) -> Iterator[Row]:
 def _with_backward(call: Call, inputs: tuple[Tensor, ...]) -> Call:
     gradient = torch.ones_like(call())
     return lambda: torch.autograd.grad(call(), inputs, gradient)
+
+
+def _all(calls: list[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def _burst(call: Call, clock: Callable[[], float]) -> float:
@@ -274,8 +297,8 @@ def _shown(row: Row) -> str:
     if "calls" in row:
         return f"{row['case']:22s} {row['direction']:17s} {row['calls']:4d} calls of Python"
     return (
-        f"{row['case']:22s} {row['direction']:17s} ours {row['least_us']:6.1f} us at least, {row['median_us']:6.1f} in "
-        f"the middle; Triton's {row['triton_us']:6.1f}; an allocation {row['empty_us']:.2f}"
+        f"{row['case']:22s} {row['direction']:17s} {row['least_us']:6.1f} us at least, {row['median_us']:6.1f} in the "
+        f"middle; Triton's launch alone {row['triton_us']:6.1f}; an allocation {row['empty_us']:.2f}"
     )
 
 

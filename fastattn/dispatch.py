@@ -106,8 +106,7 @@ class Operation:
     `check(*arguments)` raises on bad input. `cast(*arguments)`, where given, returns the arguments as autocast
     would hand them on; it runs after the check, where autocast is on for the device of the first argument.
     `at_once(*arguments)`, where given, returns what the automatic choice returns for a call that needs no check, or
-    None: on a CPU the questions asked of a small tensor cost more than what is computed. It is asked where nothing is
-    forced.
+    None: the questions asked of a small tensor cost more than what is computed. It is asked where nothing is forced.
     `pack(*arguments)`, where given, makes the operation's arguments of the public function's; the function itself
     calls it, and `explain` does.
     """
@@ -137,7 +136,7 @@ class Operation:
     def __call__(self, requested: str | None, *arguments: Any) -> Any:
         if requested is None:
             requested = _forced.name
-        if self.at_once is not None and requested is None and not INTERPRETING:
+        if self.at_once is not None and requested is None:
             found = self.at_once(*arguments)
             if found is not None:
                 return found

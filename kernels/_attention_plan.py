@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels._attention_config import heads_together, takes_parts
+from fastattn.kernels import _target
+from fastattn.kernels._attention_config import heads_together, score_load, takes_parts
 from fastattn.kernels._attention_decode_config import CombineTiles
 from fastattn.kernels._attention_forms import fitting_config, uses_descriptors
-from fastattn.kernels._attention_grid import counted_keys, few_queries_grid
+from fastattn.kernels._attention_grid import counted_keys, few_queries_grid, may_fold
 from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._layout import block_d, first_block, rows_narrow, rows_readable
 from fastattn.kernels._options import AttentionOptions
-from fastattn.kernels._plan import planned
+from fastattn.kernels._plan import Constants, planned
 from fastattn.kernels._target import Target
 
 
@@ -30,7 +31,7 @@ class AttentionLaunch(NamedTuple):
 
     tiles: AttentionTiles
     grid: tuple[int, ...]
-    constants: dict[str, Any]
+    constants: Constants
 
 
 class ForwardPlan(NamedTuple):
@@ -64,6 +65,11 @@ class BackwardPlan(NamedTuple):
 
 
 Strides = tuple[tuple[int, ...], ...]
+
+
+_ForwardLayout = tuple[
+    torch.Size, torch.Size, Strides, torch.dtype, str, tuple[Any, ...], AttentionConfig | None, Target, bool
+]
 
 
 @planned
@@ -154,17 +160,17 @@ def backward_plan(
         AttentionLaunch(
             config.delta,
             (ceil_div(seq_q, config.delta.block_m) * heads * batch,),
-            {
-                "HEADS": heads, "SEQ_Q": seq_q, "V_DIM": v_dim,
-                "BLOCK_M": config.delta.block_m, "BLOCK_V": block_d(v_dim), "num_warps": config.delta.num_warps,
-            },
+            Constants(
+                HEADS=heads, SEQ_Q=seq_q, V_DIM=v_dim,
+                BLOCK_M=config.delta.block_m, BLOCK_V=block_d(v_dim), num_warps=config.delta.num_warps,
+            ),
         ),
         _by_queries(config.dq, heads, sizes, reach, by_queries),
         _by_keys(config.dk_dv, kv_heads, sizes, reach, by_keys),
         _by_keys(config.dv or config.dk_dv, kv_heads, sizes, reach, by_keys),
         # The grid is of the bias, whose shape is not known here.
         AttentionLaunch(
-            config.dbias, (0,), {"HEADS": heads, "SEQUENCES": sequences, **sizes, **_tiled(config.dbias)}
+            config.dbias, (0,), Constants(HEADS=heads, SEQUENCES=sequences, **sizes, **_tiled(config.dbias))
         ),
         config.separate_dk_dv,
         config.reduce_dq,
@@ -185,6 +191,16 @@ def reach_of(asked: AttentionOptions, q: Tensor, k: Tensor) -> tuple[Any, ...]:
     return *window, asked.sequences(batch), asked.longest_q(seq_q), asked.longest_k(k.size(2))
 
 
+def forward_layout(
+    q: Tensor, k: Tensor, v: Tensor, asked: AttentionOptions, config: AttentionConfig | None
+) -> _ForwardLayout:
+    """The arguments of `forward_plan`."""
+    return (
+        q.shape, v.shape, (q.stride(), k.stride(), v.stride()), q.dtype, score_load(asked), reach_of(asked, q, k),
+        config, _target.target_of(q.device), may_fold(asked),
+    )  # fmt: skip
+
+
 def read_in_place(tensors: tuple[Tensor, ...], in_place: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """What kernels read of the tensors: each itself, or a contiguous copy."""
     if all(in_place):
@@ -203,7 +219,7 @@ def _by_queries(
     return AttentionLaunch(
         tiles,
         (ceil_div(longest_q, tiles.block_m) * heads * sequences,),
-        {"HEADS": heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop},
+        Constants(HEADS=heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop),
     )
 
 
@@ -219,7 +235,7 @@ def _by_keys(
     return AttentionLaunch(
         tiles,
         (ceil_div(longest_k, tiles.block_n) * kv_heads * sequences,),
-        {"KV_HEADS": kv_heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop},
+        Constants(KV_HEADS=kv_heads, **together, **_tiled(tiles), **_columns(tiles, sizes), **tiles.loop),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastattn.kernels._config import loads_are_wide, power_of_2, tunable, warps_of
-from fastattn.kernels._plan import planned
+from fastattn.kernels._plan import Constants, planned
 from fastattn.kernels._target import Target
 
 
@@ -90,7 +90,7 @@ def rows_plan(
     dtype: torch.dtype,
     config: CrossEntropyConfig | None,
     target: Target,
-) -> tuple[RowStrides, CrossEntropyConfig, dict[str, Any]]:
+) -> tuple[RowStrides, CrossEntropyConfig, Constants]:
     """What a launch on logits (..., classes) takes beside its tensors: strides, config, arguments of both kernels.
 
     Raises:
@@ -101,17 +101,17 @@ def rows_plan(
         raise ValueError(f"logits of shape {tuple(shape)} have strides {strides}, not those of rows")
     alignment = math.gcd(shape[-1], rows.outer_stride, rows.inner_stride, 16)
     config = config or config_of(shape[-1], alignment, dtype, target)
-    constants = {
-        "stride_outer": rows.outer_stride,
-        "stride_inner": rows.inner_stride,
-        "INNER": rows.inner,
-        "ROWS": math.prod(shape[:-1]),
-        "CLASSES": shape[-1],
-        "ALIGNMENT": alignment,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-    }
+    constants = Constants(
+        stride_outer=rows.outer_stride,
+        stride_inner=rows.inner_stride,
+        INNER=rows.inner,
+        ROWS=math.prod(shape[:-1]),
+        CLASSES=shape[-1],
+        ALIGNMENT=alignment,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
     return rows, config, constants
 
 

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels import _target
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._norm_tiles import _load_tile
 from fastattn.kernels._partials_config import select_partial_sums_config
+from fastattn.kernels._plan import constants_of
 from fastattn.kernels._target import Target
 
 
@@ -50,15 +53,17 @@ def add_up_partials(
 ) -> None:
     """Fills one or two tensors (width,) with the sums over `partials` (1 or 2, count, width), block_m at a time."""
     _, count, width = partials.shape
-    _sum_partials_kernel[(ceil_div(width, block_n), len(sums))](
+    target = _target.target_of(partials.device)
+    constants = constants_of(
+        target, COUNT=count, WIDTH=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps
+    )
+    launch(
+        _sum_partials_kernel,
+        (ceil_div(width, block_n), len(sums)),
+        constants,
         partials_ptr=partials,
         first_ptr=sums[0],
         second_ptr=sums[-1],
-        COUNT=count,
-        WIDTH=width,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
     )
 
 

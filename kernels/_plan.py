@@ -12,11 +12,37 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from fastattn.kernels._target import Target
+
 # For how many shapes a launcher keeps its plan: those of a training whose sequences all have lengths of their own.
 _PLANS = 4096
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _kept: list[Any] = []
+
+
+class Constants(dict[str, Any]):
+    """The arguments of a kernel that a plan fixes; with what `launch` keeps, and so for the plan's device alone.
+
+    Attributes:
+        launched: the launches that were made with them, by what of the other arguments they were compiled for.
+        backend: Triton's, once there are any.
+    """
+
+    __slots__ = ("_parts", "backend", "launched")
+
+    def __init__(self, *constants: Any, **more: Any) -> None:
+        super().__init__(*constants, **more)
+        self.launched: dict[tuple[Any, ...], Any] = {}
+        self.backend: Any = None
+        self._parts: dict[tuple[str, ...], Constants] = {}
+
+    def only(self, names: tuple[str, ...]) -> Constants:
+        """Those of these names, the same object each time, for a kernel that has no others."""
+        found = self._parts.get(names)
+        if found is None:
+            found = self._parts[names] = Constants({name: self[name] for name in names})
+        return found
 
 
 def planned(make: _F) -> _F:
@@ -32,6 +58,12 @@ def forget_plans() -> None:
         cached.cache_clear()
 
 
+@planned
+def constants_of(target: Target, **constants: Any) -> Constants:
+    """The same arguments of a launch on the same device, for launches that have no other plan."""
+    return Constants(constants)
+
+
 class RowsPlan(NamedTuple):
     """The launch of a kernel that reads tensors of one shape as rows.
 
@@ -45,7 +77,7 @@ class RowsPlan(NamedTuple):
     in_place: tuple[bool, ...]
     distances: tuple[int, ...]
     grid: tuple[int, ...]
-    constants: dict[str, Any]
+    constants: Constants
 
     def read(self, place: int, tensor: Tensor) -> Tensor:
         """What the kernel reads of the tensor at this place."""

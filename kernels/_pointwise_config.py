@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.kernels._config import ceil_div, loads_are_wide, power_of_2, tunable, walk_grid, warps_of
-from fastattn.kernels._plan import RowsPlan, planned, rows_read
+from fastattn.kernels._plan import Constants, RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 # What the forms of GELU are called among the activations of `fastattn.kernels._activation`.
@@ -107,14 +107,14 @@ def tile_plan(
     in_place, distances = rows_read(shape, strides, 1)
     alignment = math.gcd(width, *distances, 16)
     config = config or select_tile_config(width, alignment, dtype, tensors, target)
-    constants = {
-        "ROWS": rows,
-        "WIDTH": width,
-        "ALIGNMENT": alignment,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-    }
+    constants = Constants(
+        ROWS=rows,
+        WIDTH=width,
+        ALIGNMENT=alignment,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
     programs = ceil_div(rows, config.block_m) * ceil_div(width, config.block_n)
     return RowsPlan(in_place, distances, (programs,), constants)
 
@@ -162,14 +162,14 @@ def walk_plan(
     alignment = math.gcd(width, *distances, 16)
     config = config or select_walk_config(width, alignment, dtype, target)
     grid = walk_grid(rows, width, config.block_m, config.block_n, config.programs)
-    constants = {
-        "ROWS": rows,
-        "WIDTH": width,
-        "ALIGNMENT": alignment,
-        "TILES_ON_TWO_AXES": grid[2] > 1,
-        "NUM_STAGES": config.num_stages,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-    }
+    constants = Constants(
+        ROWS=rows,
+        WIDTH=width,
+        ALIGNMENT=alignment,
+        TILES_ON_TWO_AXES=grid[2] > 1,
+        NUM_STAGES=config.num_stages,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
     return RowsPlan(in_place, distances, grid, constants)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import copy_context
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,22 +83,3 @@ def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _NOTHING_TO_DO
-
-
-def launcher(kernel: Any, grid: tuple[int, ...], like: Tensor, scratch: bool) -> Callable[..., object]:
-    """`kernel[grid]`; with `scratch` for kernels that make descriptors themselves, whose memory an allocator gives.
-
-    Triton's allocator is a context variable: it is set in a copy of the context, so that the caller's stays, and for
-    every launch, because autograd's threads have contexts of their own.
-    """
-    launch: Callable[..., object] = kernel[grid]
-    if not scratch:
-        return launch
-    return partial(copy_context().run, _launch_with_scratch, launch, like.device)
-
-
-def _launch_with_scratch(launch: Callable[..., object], device: torch.device, **arguments: object) -> object:
-    import triton
-
-    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device))
-    return launch(**arguments)

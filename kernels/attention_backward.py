@@ -34,6 +34,7 @@ from fastattn.kernels._attention_forms import (
 from fastattn.kernels._attention_plan import AttentionLaunch, backward_plan, reach_of, read_in_place
 from fastattn.kernels._attention_tables import AttentionConfig
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_gradient
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _load_rows, _split_program
@@ -184,15 +185,17 @@ def _dk_dv_launches(needs_dk: bool, needs_dv: bool, separate: bool) -> list[tupl
 
 
 def _launch_delta(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, launch: AttentionLaunch
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, plan: AttentionLaunch
 ) -> Tensor:
     delta = torch.empty_like(lse)
-    _attention_delta_kernel[launch.grid](
+    launch(
+        _attention_delta_kernel,
+        plan.grid,
+        plan.constants,
         out=rows_of(out),
         dout=rows_of(dout),
         dlse_ptr=None if dlse is None else dlse.contiguous(),
         lse_ptr=lse,
         delta_ptr=delta,
-        **launch.constants,
     )
     return delta

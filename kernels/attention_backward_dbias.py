@@ -14,6 +14,7 @@ from torch import Tensor
 from fastattn.kernels._arguments import Plane, Score, _in_elements, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._parts import _load_parts, _products_of_rows
 from fastattn.kernels._scores import _dropped, _scores_of, _slope_of
@@ -212,12 +213,15 @@ def launch_dbias(
     delta: Tensor,
     asked: AttentionOptions,
     score: Score,
-    launch: AttentionLaunch,
+    plan: AttentionLaunch,
 ) -> None:
     bias_batch, bias_heads, bias_q, bias_k = dbias.shape
-    tiles = launch.tiles
+    tiles = plan.tiles
     programs = ceil_div(bias_q, tiles.block_m) * ceil_div(bias_k, tiles.block_n) * bias_heads * bias_batch
-    _attention_dbias_kernel[(programs,)](
+    launch(
+        _attention_dbias_kernel,
+        (programs,),
+        plan.constants,
         q=rows_of(q),
         k=rows_of(k),
         v=rows_of(v),
@@ -233,5 +237,4 @@ def launch_dbias(
         ALL_HEADS=bias_heads == 1,
         ALL_ROWS=bias_q == 1,
         ALL_KEYS=bias_k == 1,
-        **launch.constants,
     )

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import _target
 from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
+from fastattn.kernels._launch import launch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._parts import (
     _add_product,
@@ -273,19 +273,23 @@ def launch_dk_dv(
     delta: Tensor,
     asked: AttentionOptions,
     score: Score,
-    launch: AttentionLaunch,
+    plan: AttentionLaunch,
 ) -> None:
     """Fills dk and dv, each unless it is None; with dk also adds dq, not scaled, to `dq_sum` (float32), if given."""
-    tiles, grid, constants = launch
+    tiles, grid, constants = plan
     if tiles.form == "warp_groups":
         from fastattn.kernels.attention_backward_dk_dv_warp_groups import launch_dk_dv_warp_groups
 
-        launch_dk_dv_warp_groups(dk, dv, dout, q, k, v, lse, delta, asked, launch)
+        launch_dk_dv_warp_groups(dk, dv, dout, q, k, v, lse, delta, asked, plan)
         return
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
-    _target.launcher(_attention_dk_dv_kernel, grid, q, tiles.form == "specialized")(
+    launch(
+        _attention_dk_dv_kernel,
+        grid,
+        constants,
+        scratch=q.device if tiles.form == "specialized" else None,
         q=read_rows(q, tiles, tiles.block_m, constants["BLOCK_D"]),
         dout=read_rows(dout, tiles, tiles.block_m, constants["BLOCK_V"]),
         k=rows_of(k),
@@ -300,5 +304,4 @@ def launch_dk_dv(
         scale=asked.scale,
         NEEDS_DK=needs_dk,
         NEEDS_DV=needs_dv,
-        **constants,
     )

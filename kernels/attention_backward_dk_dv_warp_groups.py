@@ -24,8 +24,10 @@ from fastattn.kernels._arguments import Rows
 from fastattn.kernels._attention_plan import AttentionLaunch
 from fastattn.kernels._attention_tables import AttentionTiles
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._math import LOG2_E
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._plan import constants_of
 from fastattn.kernels._target import Target
 from fastattn.kernels._tiles import _key_window, _query_schedule, _split_program
 from fastattn.kernels._warp_groups import (
@@ -338,11 +340,11 @@ def launch_dk_dv_warp_groups(
     lse: Tensor,
     delta: Tensor,
     asked: AttentionOptions,
-    launch: AttentionLaunch,
+    plan: AttentionLaunch,
 ) -> None:
     """Fills dk and dv, each unless it is None, where `fastattn.kernels._attention_forms` has no reason against it."""
     width_q, width_v = width_of(q.size(3)), width_of(v.size(3))
-    rows, target = launch.tiles.block_m, _target.target_of(q.device)
+    rows, target = plan.tiles.block_m, _target.target_of(q.device)
     needs_dk, needs_dv = dk is not None, dv is not None
     # The kernel writes no gradient that is not needed; any tensor can stand for its pointer.
     dk, dv = k if dk is None else dk, v if dv is None else dv
@@ -351,16 +353,18 @@ def launch_dk_dv_warp_groups(
     count = batch * heads * padded
     found = lse.new_empty(2, count)
     with _target.launching_on(q):
-        _attention_statistics_kernel[(ceil_div(count, _STATISTICS),)](
+        launch(
+            _attention_statistics_kernel,
+            (ceil_div(count, _STATISTICS),),
+            constants_of(target, SEQ_Q=seq_q, PADDED=padded, COUNT=count, BLOCK=_STATISTICS),
             lse_ptr=lse,
             delta_ptr=delta,
             found_ptr=found,
-            SEQ_Q=seq_q,
-            PADDED=padded,
-            COUNT=count,
-            BLOCK=_STATISTICS,
         )
-        _attention_dk_dv_warp_groups_kernel[launch.grid](
+        launch(
+            _attention_dk_dv_warp_groups_kernel,
+            plan.grid,
+            plan.constants.only(_CONSTANTS),
             q=described_rows(q, rows, width_q),
             k=described_rows(k, _ROWS.value, width_q),
             v=described_rows(v, _ROWS.value, width_v),
@@ -372,10 +376,9 @@ def launch_dk_dv_warp_groups(
             ROWS=count,
             NEEDS_DK=needs_dk,
             NEEDS_DV=needs_dv,
-            STAGES=launch.tiles.num_stages,
-            STAGES_DOUT=_stages_of_gradients(launch.tiles, width_q, width_v, needs_dk, target),
+            STAGES=plan.tiles.num_stages,
+            STAGES_DOUT=_stages_of_gradients(plan.tiles, width_q, width_v, needs_dk, target),
             # A section of one head is head after head.
-            HEADS_TOGETHER=launch.constants["HEADS_TOGETHER"] or 1,
-            HEADS_ABSENT=launch.constants["HEADS_ABSENT"] or 0,
-            **{name: launch.constants[name] for name in _CONSTANTS},
+            HEADS_TOGETHER=plan.constants["HEADS_TOGETHER"] or 1,
+            HEADS_ABSENT=plan.constants["HEADS_ABSENT"] or 0,
         )

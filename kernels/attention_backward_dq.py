@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import _target
 from fastattn.kernels._arguments import Score, _in_elements, read_rows, rows_of, sequences_of
 from fastattn.kernels._attention_plan import AttentionLaunch
+from fastattn.kernels._launch import launch
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._parts import (
     _add_product,
@@ -201,15 +201,19 @@ def launch_dq(
     delta: Tensor,
     asked: AttentionOptions,
     score: Score,
-    launch: AttentionLaunch,
+    plan: AttentionLaunch,
 ) -> None:
-    tiles, grid, constants = launch
+    tiles, grid, constants = plan
     if tiles.form == "warp_groups":
         from fastattn.kernels.attention_backward_dq_warp_groups import launch_dq_warp_groups
 
-        launch_dq_warp_groups(dq, dout, q, k, v, lse, delta, asked, launch)
+        launch_dq_warp_groups(dq, dout, q, k, v, lse, delta, asked, plan)
         return
-    _target.launcher(_attention_dq_kernel, grid, q, tiles.form == "specialized")(
+    launch(
+        _attention_dq_kernel,
+        grid,
+        constants,
+        scratch=q.device if tiles.form == "specialized" else None,
         q=rows_of(q),
         k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),
         v=read_rows(v, tiles, tiles.block_n, constants["BLOCK_V"]),
@@ -220,5 +224,4 @@ def launch_dq(
         score=score,
         sequences=sequences_of(asked),
         scale=asked.scale,
-        **constants,
     )

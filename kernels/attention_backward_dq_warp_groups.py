@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
 from fastattn.kernels._attention_plan import AttentionLaunch
+from fastattn.kernels._launch import launch
 from fastattn.kernels._math import LOG2_E
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels._tiles import _key_schedule, _key_window, _split_program
@@ -234,13 +235,16 @@ def launch_dq_warp_groups(
     lse: Tensor,
     delta: Tensor,
     asked: AttentionOptions,
-    launch: AttentionLaunch,
+    plan: AttentionLaunch,
 ) -> None:
     """Fills dq, where `fastattn.kernels._attention_forms` has no reason against it."""
     width_q, width_v = width_of(q.size(3)), width_of(v.size(3))
-    rows = launch.tiles.block_n
+    rows = plan.tiles.block_n
     with _target.launching_on(q):
-        _attention_dq_warp_groups_kernel[launch.grid](
+        launch(
+            _attention_dq_warp_groups_kernel,
+            plan.grid,
+            plan.constants.only(_CONSTANTS),
             q=described_rows(q, _ROWS.value, width_q),
             k=described_rows(k, rows, width_q),
             v=described_rows(v, rows, width_v),
@@ -249,9 +253,8 @@ def launch_dq_warp_groups(
             lse_ptr=lse,
             delta_ptr=delta,
             scale=asked.scale,
-            STAGES=launch.tiles.num_stages,
+            STAGES=plan.tiles.num_stages,
             # A section of one head is head after head.
-            HEADS_TOGETHER=launch.constants["HEADS_TOGETHER"] or 1,
-            HEADS_ABSENT=launch.constants["HEADS_ABSENT"] or 0,
-            **{name: launch.constants[name] for name in _CONSTANTS},
+            HEADS_TOGETHER=plan.constants["HEADS_TOGETHER"] or 1,
+            HEADS_ABSENT=plan.constants["HEADS_ABSENT"] or 0,
         )

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, rows_of, sequences_of
 from fastattn.kernels._attention_decode_config import CombineTiles
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._math import LN_2, LOG2_E
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._plan import constants_of
 from fastattn.kernels._tiles import _sequence, _split_program
 
 
@@ -106,9 +109,18 @@ def attention_combine(
     """
     batch, heads, seq_q, v_dim = out.shape
     longest = asked.longest_q(seq_q)
-    _attention_combine_kernel[(longest * heads * asked.sequences(batch),)](
-        parts=rows_of(parts), out=rows_of(out), lse_ptr=lse, statistics_ptr=statistics,
-        sequences=sequences_of(asked), sinks_ptr=sinks,
-        HEADS=heads, SEQ_Q=seq_q, MAX_SEQ_Q=longest, SPLITS=parts.size(0) // batch,
+    constants = constants_of(
+        _target.target_of(out.device), HEADS=heads, SEQ_Q=seq_q, MAX_SEQ_Q=longest, SPLITS=parts.size(0) // batch,
         V_DIM=v_dim, BLOCK_S=tiles.block_s, BLOCK_V=block_d(v_dim), num_warps=tiles.num_warps,
     )  # fmt: skip
+    launch(
+        _attention_combine_kernel,
+        (longest * heads * asked.sequences(batch),),
+        constants,
+        parts=rows_of(parts),
+        out=rows_of(out),
+        lse_ptr=lse,
+        statistics_ptr=statistics,
+        sequences=sequences_of(asked),
+        sinks_ptr=sinks,
+    )

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, read_rows, rows_of, score_of, sequences_of
-from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_forms import layout_reason, warp_groups_reason
-from fastattn.kernels._attention_grid import may_fold
-from fastattn.kernels._attention_plan import forward_plan, reach_of, read_in_place
+from fastattn.kernels._attention_plan import forward_layout, forward_plan, read_in_place
 from fastattn.kernels._attention_tables import AttentionConfig
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_out
 from fastattn.kernels._math import LN_2, LOG2_E, _online_softmax_step
 from fastattn.kernels._options import AttentionOptions
@@ -297,11 +296,7 @@ def attention_forward(
         lse.fill_(float("-inf"))
         if not packed:
             return out, lse if asked.sinks is None else lse.copy_(asked.sinks.view(-1, 1).expand_as(lse))
-    reach = reach_of(asked, q, k)
-    layout = (
-        q.shape, v.shape, (q.stride(), k.stride(), v.stride()), q.dtype, score_load(asked), reach, config,
-        _target.target_of(q.device), may_fold(asked),
-    )  # fmt: skip
+    layout = forward_layout(q, k, v, asked, config)
     plan = forward_plan(*layout)
     q, k, v = read_in_place((q, k, v), plan.in_place)
     if plan.descriptors and layout_reason((k, v), asked) is not None:
@@ -320,7 +315,11 @@ def attention_forward(
     combine = plan.combine
     parts = None if combine is None else empty_parts(out, grid[1])
     with _target.launching_on(q):
-        _target.launcher(_attention_forward_kernel, grid, q, tiles.form == "specialized")(
+        launch(
+            _attention_forward_kernel,
+            grid,
+            constants,
+            scratch=q.device if tiles.form == "specialized" else None,
             q=rows_of(q),
             k=read_rows(k, tiles, tiles.block_n, constants["BLOCK_D"]),
             v=read_rows(v, tiles, tiles.block_n, constants["BLOCK_V"]),
@@ -330,8 +329,7 @@ def attention_forward(
             sequences=sequences_of(asked),
             sinks_ptr=sinks if parts is None else None,
             SEQ_K=k.size(2),
-            MAX_SEQ_K=reach[5],
-            **constants,
+            MAX_SEQ_K=asked.longest_k(k.size(2)),
         )
         if parts is not None and combine is not None:
             attention_combine(*parts, out, lse, sinks, asked, combine)

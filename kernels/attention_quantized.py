@@ -5,6 +5,8 @@ The kernel is `attention_forward`'s; see `quantize` for what is made before, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fastattn.kernels._attention_config import score_load
 from fastattn.kernels._attention_grid import may_fold
 from fastattn.kernels._attention_plan import forward_plan, reach_of
 from fastattn.kernels._attention_tables import AttentionConfig
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import block_d, empty_out, rows_contiguous
 from fastattn.kernels._options import AttentionOptions
 from fastattn.kernels.attention_combine import attention_combine, empty_parts
@@ -52,12 +55,15 @@ def attention_e4m3_forward(
         return out, lse
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     made = quantize_operands(q, k, v, asked, tiles.block_n)
-    blocks = {"BLOCK_D": block_d(width, least=32), "BLOCK_V": block_d(v_dim, least=32)}
+    blocks: dict[str, Any] = {"BLOCK_D": block_d(width, least=32), "BLOCK_V": block_d(v_dim, least=32)}
     quantized = Quantized(made.k_scales, made.terms, made.statistics)
     sinks, combine = None if asked.sinks is None else asked.sinks.contiguous(), plan.combine
     parts = None if combine is None else empty_parts(out, grid[1])
     with _target.launching_on(q):
-        _attention_forward_kernel[grid](
+        launch(
+            _attention_forward_kernel,
+            grid,
+            constants,
             q=rows_of(made.q),
             k=rows_of(made.k),
             v=rows_of(made.v),
@@ -68,7 +74,7 @@ def attention_e4m3_forward(
             sinks_ptr=sinks if parts is None else None,
             SEQ_K=k.size(2),
             MAX_SEQ_K=asked.longest_k(k.size(2)),
-            **(constants | blocks),
+            **blocks,
         )
         if parts is not None and combine is not None:
             attention_combine(*parts, out, lse, sinks, asked, combine)

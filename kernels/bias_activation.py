@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_tiles import _column_tile, _load_tile, _multiple_of, _store_tile
 from fastattn.kernels._partials import sum_partials
@@ -133,13 +134,15 @@ def bias_activation_forward(
         return y
     plan = tile_plan(x.shape, (x.stride(),), x.dtype, 1, config, _target.target_of(x.device))
     with _target.launching_on(x):
-        _bias_activation_forward_kernel[plan.grid](
+        launch(
+            _bias_activation_forward_kernel,
+            plan.grid,
+            plan.constants,
             x_ptr=plan.read(0, x),
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,
             stride_xm=plan.distances[0],
             ACTIVATION=activation,
-            **plan.constants,
         )
     return y
 
@@ -178,7 +181,10 @@ def bias_activation_backward(
     if dbias_dtype is not None:
         partials = x.new_empty((plan.grid[0], x.size(-1)), dtype=torch.float32)
     with _target.launching_on(x):
-        _bias_activation_backward_kernel[plan.grid](
+        launch(
+            _bias_activation_backward_kernel,
+            plan.grid,
+            plan.constants,
             dy_ptr=plan.read(0, dy),
             x_ptr=plan.read(1, x),
             bias_ptr=None if bias is None else bias.contiguous(),
@@ -188,7 +194,6 @@ def bias_activation_backward(
             stride_dym=plan.distances[0],
             stride_xm=plan.distances[1],
             ACTIVATION=activation,
-            **plan.constants,
         )
         if partials is None or dbias_dtype is None:
             return dx, x.new_empty(0), y

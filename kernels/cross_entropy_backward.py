@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._loss_config import CrossEntropyConfig, rows_plan, select_cross_entropy_backward_config
 from fastattn.kernels._norm_tiles import _multiple_of
@@ -169,7 +170,10 @@ def _launch_backward(
         dloss = statistics.new_zeros(target.shape if reduction == "none" else ())
     grid = (ceil_div(rows, chosen.block_m), ceil_div(classes, chosen.block_n))
     with _target.launching_on(logits):
-        _cross_entropy_backward_kernel[grid](
+        launch(
+            _cross_entropy_backward_kernel,
+            grid,
+            constants,
             dloss_ptr=dloss.contiguous(),
             dlse_ptr=None if dlse is None else dlse.contiguous(),
             logits_ptr=logits,
@@ -184,5 +188,4 @@ def _launch_backward(
             z_loss=z_loss or None,
             softcap=softcap,
             PER_ROW=reduction == "none",
-            **constants,
         )

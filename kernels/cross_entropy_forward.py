@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._loss_config import (
     CrossEntropyConfig,
@@ -21,6 +22,7 @@ from fastattn.kernels._loss_config import (
 )
 from fastattn.kernels._math import LOG2_E, _tanh
 from fastattn.kernels._norm_tiles import _multiple_of
+from fastattn.kernels._plan import constants_of
 
 # What one program adds up at a time; the sums of a loss are small beside its logits.
 _REDUCE_BLOCK = 4096
@@ -291,16 +293,21 @@ def reduce_losses(
     loss = losses.new_empty((), dtype=loss_dtype)
     kept = losses.new_empty(())
     with _target.launching_on(losses):
-        _reduce_losses_kernel[(1,)](
+        launch(
+            _reduce_losses_kernel,
+            (1,),
+            constants_of(
+                _target.target_of(losses.device),
+                ROWS=losses.numel(),
+                MEAN=mean,
+                BLOCK=_REDUCE_BLOCK,
+                num_warps=8,
+            ),
             losses_ptr=losses,
             target_ptr=target.contiguous(),
             loss_ptr=loss,
             kept_ptr=kept,
-            ROWS=losses.numel(),
             ignore_index=ignore_index,
-            MEAN=mean,
-            BLOCK=_REDUCE_BLOCK,
-            num_warps=8,
         )
     return loss, kept
 
@@ -356,7 +363,10 @@ def _launch_forward(
         target_device,
     )
     with _target.launching_on(logits):
-        _cross_entropy_forward_kernel[(ceil_div(losses.numel(), chosen.block_m),)](
+        launch(
+            _cross_entropy_forward_kernel,
+            (ceil_div(losses.numel(), chosen.block_m),),
+            constants,
             logits_ptr=logits,
             # The kernel reads them side by side; a column of a batch of tokens is not.
             target_ptr=target.contiguous(),
@@ -369,5 +379,4 @@ def _launch_forward(
             softcap=softcap,
             ALL_ROWS=all_rows,
             WRITES_GRADIENT=writes_gradient,
-            **constants,
         )

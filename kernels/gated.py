@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous, halves
 from fastattn.kernels._norm_tiles import _load_tile, _multiple_of, _store_tile
 from fastattn.kernels._pointwise_config import TileConfig, tile_plan
@@ -98,14 +99,16 @@ def gated_forward(
     strides = (value.stride(), gate.stride())
     plan = tile_plan(value.shape, strides, value.dtype, 2, config, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_forward_kernel[plan.grid](
+        launch(
+            _gated_forward_kernel,
+            plan.grid,
+            plan.constants,
             value_ptr=plan.read(0, value),
             gate_ptr=plan.read(1, gate),
             y_ptr=y,
             stride_vm=plan.distances[0],
             stride_gm=plan.distances[1],
             ACTIVATION=activation,
-            **plan.constants,
         )
     return y
 
@@ -139,7 +142,10 @@ def _launch_backward(
     strides = [None if t is None else t.stride() for t in (dy, value, gate, dvalue, dgate)]
     plan = tile_plan(dy.shape, tuple(strides), value.dtype, 3, None, _target.target_of(value.device))
     with _target.launching_on(value):
-        _gated_backward_kernel[plan.grid](
+        launch(
+            _gated_backward_kernel,
+            plan.grid,
+            plan.constants,
             dy_ptr=plan.read(0, dy),
             value_ptr=plan.read(1, value),
             gate_ptr=plan.read(2, gate),
@@ -151,5 +157,4 @@ def _launch_backward(
             stride_dvm=plan.distances[3],
             stride_dgm=plan.distances[4],
             ACTIVATION=activation,
-            **plan.constants,
         )

@@ -10,7 +10,10 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
+from fastattn.kernels._plan import Constants, planned
 from fastattn.kernels._pointwise_config import GELU_FORMS, select_gelu_config
+from fastattn.kernels._target import Target
 
 
 @triton.jit
@@ -43,16 +46,9 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return y
     x = _in_layout_of(y, x)
-    config = select_gelu_config(x.dtype, 1, _target.target_of(x.device))
+    grid, constants = _plan(x.numel(), x.dtype, 1, approximate, _target.target_of(x.device))
     with _target.launching_on(x):
-        _gelu_forward_kernel[(ceil_div(x.numel(), config.block),)](
-            x_ptr=x,
-            y_ptr=y,
-            SIZE=x.numel(),
-            ACTIVATION=GELU_FORMS[approximate],
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-        )
+        launch(_gelu_forward_kernel, grid, constants, x_ptr=x, y_ptr=y)
     return y
 
 
@@ -62,18 +58,21 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     if x.numel() == 0:
         return dx
     x, dy = _in_layout_of(dx, x), _in_layout_of(dx, dy)
-    config = select_gelu_config(x.dtype, 2, _target.target_of(x.device))
+    grid, constants = _plan(x.numel(), x.dtype, 2, approximate, _target.target_of(x.device))
     with _target.launching_on(x):
-        _gelu_backward_kernel[(ceil_div(x.numel(), config.block),)](
-            dy_ptr=dy,
-            x_ptr=x,
-            dx_ptr=dx,
-            SIZE=x.numel(),
-            ACTIVATION=GELU_FORMS[approximate],
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-        )
+        launch(_gelu_backward_kernel, grid, constants, dy_ptr=dy, x_ptr=x, dx_ptr=dx)
     return dx
+
+
+@planned
+def _plan(
+    size: int, dtype: torch.dtype, tensors: int, approximate: str, target: Target
+) -> tuple[tuple[int], Constants]:
+    """Grid and constants of a kernel that reads so many tensors of this size."""
+    config = select_gelu_config(dtype, tensors, target)
+    activation = GELU_FORMS[approximate]
+    constants = Constants(SIZE=size, ACTIVATION=activation, BLOCK=config.block, num_warps=config.num_warps)
+    return (ceil_div(size, config.block),), constants
 
 
 def _in_layout_of(dense: Tensor, tensor: Tensor) -> Tensor:

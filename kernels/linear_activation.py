@@ -17,9 +17,10 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._activation import _activate, _through_activation
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._linear_config import LinearConfig, select_linear_config
 from fastattn.kernels._partials import sum_partials
-from fastattn.kernels._plan import planned
+from fastattn.kernels._plan import Constants, planned
 from fastattn.kernels._target import Target
 
 # Within a tile of at most 256 rows, offsets are 32-bit integers.
@@ -288,18 +289,18 @@ def linear_activation_backward(
         return dpre, sum_partials(partials, dbias_dtype, target), act
 
 
-def _launch(
-    a: Tensor, b: Tensor, activation: str, config: LinearConfig | None, **epilogue: Tensor | None
-) -> None:
+def _launch(a: Tensor, b: Tensor, activation: str, config: LinearConfig | None, **epilogue: Any) -> None:
     """The product of a (rows, depth) and b (depth, columns), with elements, into what the epilogue is given."""
     plan = _plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, config, _target.target_of(a.device))
     with _target.launching_on(a):
-        _linear_activation_kernel[plan.grid](
+        launch(
+            _linear_activation_kernel,
+            plan.grid,
+            plan.constants,
             a_ptr=a if plan.reads_a else a.contiguous(),
             b_ptr=b if plan.reads_b else b.contiguous(),
             **epilogue,
             ACTIVATION=activation,
-            **plan.constants,
         )
 
 
@@ -309,7 +310,7 @@ class _Plan(NamedTuple):
     reads_a: bool
     reads_b: bool
     grid: tuple[int]
-    constants: dict[str, Any]
+    constants: Constants
 
 
 @planned
@@ -327,24 +328,24 @@ def _plan(
     reads_a, reads_b = _readable(strides_a), _readable(strides_b)
     stride_am, stride_ak = strides_a if reads_a else (depth, 1)
     stride_bk, stride_bn = strides_b if reads_b else (columns, 1)
-    constants = {
-        "stride_am": stride_am,
-        "stride_ak": stride_ak,
-        "stride_bk": stride_bk,
-        "stride_bn": stride_bn,
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "DEPTH": depth,
-        "EVEN_N": columns % config.block_n == 0,
-        "EVEN_K": depth % config.block_k == 0,
-        "PIECES": config.pieces,
-        "GROUP_M": config.group_m,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    constants = Constants(
+        stride_am=stride_am,
+        stride_ak=stride_ak,
+        stride_bk=stride_bk,
+        stride_bn=stride_bn,
+        ROWS=rows,
+        COLUMNS=columns,
+        DEPTH=depth,
+        EVEN_N=columns % config.block_n == 0,
+        EVEN_K=depth % config.block_k == 0,
+        PIECES=config.pieces,
+        GROUP_M=config.group_m,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     grid = (ceil_div(rows, config.block_m) * ceil_div(columns, config.block_n),)
     return _Plan(reads_a, reads_b, grid, constants)
 

@@ -19,6 +19,7 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div, walk_grid
 from fastattn.kernels._dropout import _dropped_rows
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormBackwardConfig, select_norm_backward_config
 from fastattn.kernels._norm_tiles import (
@@ -34,7 +35,7 @@ from fastattn.kernels._norm_tiles import (
     _x_hat,
 )
 from fastattn.kernels._partials import add_up_partials
-from fastattn.kernels._plan import RowsPlan, planned, rows_read
+from fastattn.kernels._plan import Constants, RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -233,7 +234,7 @@ def norm_backward(
         _target.target_of(kept.device),
     )
     walk = plan.walk
-    loaded = {
+    loaded: dict[str, Any] = {
         "dy": Matrix(walk.read(0, dy), walk.distances[0]),
         "kept": Matrix(walk.read(1, kept), walk.distances[1]),
         "weight_ptr": None if weight is None else weight.contiguous(),
@@ -250,7 +251,10 @@ def norm_backward(
         return gradients
     partials = rstd.new_empty((len(parameters), *plan.partials)) if parameters else None
     with _target.launching_on(kept):
-        _norm_backward_kernel[walk.grid](
+        launch(
+            _norm_backward_kernel,
+            walk.grid,
+            walk.constants,
             dresidual_out=None
             if dresidual_out is None
             else Matrix(walk.read(2, dresidual_out), walk.distances[2]),
@@ -263,7 +267,6 @@ def norm_backward(
             NEEDS_DWEIGHT=dweight_dtype is not None,
             NEEDS_DBIAS=dbias_dtype is not None,
             **loaded,
-            **walk.constants,
         )
         if partials is not None:
             add_up_partials(partials, parameters, *plan.sums)
@@ -296,7 +299,7 @@ class _Plan(NamedTuple):
     walk: RowsPlan
     partials: tuple[int, int]
     sums: tuple[int, int, int]
-    row_means: tuple[tuple[int], dict[str, Any]] | None
+    row_means: tuple[tuple[int], Constants] | None
 
 
 @planned
@@ -317,10 +320,10 @@ def _plan(
     walk, sums = config.walk, config.sums
     grid = walk_grid(rows, width, walk.block_m, walk.block_n, config.programs)
     sizes = {"ROWS": rows, "WIDTH": width, "ALIGNMENT": alignment}
-    constants = sizes | walk.tile | {"NUM_STAGES": walk.num_stages, "TILES_ON_TWO_AXES": grid[2] > 1}
+    constants = Constants(**sizes, **walk.tile, NUM_STAGES=walk.num_stages, TILES_ON_TWO_AXES=grid[2] > 1)
     row_means = None
     if walk.block_n < width:
-        row_means = (ceil_div(rows, config.row_means.block_m),), sizes | config.row_means.tile
+        row_means = (ceil_div(rows, config.row_means.block_m),), Constants(**sizes, **config.row_means.tile)
     return _Plan(
         RowsPlan(in_place, distances, grid, constants),
         (grid[0], width),
@@ -335,5 +338,5 @@ def _row_means(rstd: Tensor, loaded: dict[str, Any], plan: _Plan) -> Tensor | No
         return None
     grid, constants = plan.row_means
     row_means = rstd.new_empty((2, constants["ROWS"]))
-    _norm_row_means_kernel[grid](row_means_ptr=row_means, **loaded, **constants)
+    launch(_norm_row_means_kernel, grid, constants, row_means_ptr=row_means, **loaded)
     return row_means

@@ -17,6 +17,7 @@ from fastattn.kernels import _target
 from fastattn.kernels._arguments import Matrix, dropout_of
 from fastattn.kernels._config import ceil_div
 from fastattn.kernels._dropout import _dropped_rows
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_contiguous
 from fastattn.kernels._norm_config import NormConfig, select_norm_forward_config
 from fastattn.kernels._norm_tiles import (
@@ -30,7 +31,7 @@ from fastattn.kernels._norm_tiles import (
     _rows_of,
     _store_tile,
 )
-from fastattn.kernels._plan import RowsPlan, planned, rows_read
+from fastattn.kernels._plan import Constants, RowsPlan, planned, rows_read
 from fastattn.kernels._target import Target
 
 
@@ -217,7 +218,10 @@ def norm_forward(
         _target.target_of(x.device),
     )
     with _target.launching_on(x):
-        _norm_forward_kernel[plan.grid](
+        launch(
+            _norm_forward_kernel,
+            plan.grid,
+            plan.constants,
             x=Matrix(plan.read(0, x), plan.distances[0]),
             residual=None if residual is None else Matrix(plan.read(1, residual), plan.distances[1]),
             weight_ptr=None if weight is None else weight.contiguous(),
@@ -230,7 +234,6 @@ def norm_forward(
             rstd_ptr=rstd,
             eps=eps,
             ZERO_CENTERED=zero_centered,
-            **plan.constants,
         )
     return y, summed, mean, rstd
 
@@ -253,11 +256,11 @@ def _plan(
     if config is None:
         heavy = drops or residual_dtype not in (None, dtype)
         config = select_norm_forward_config(width, alignment, dtype, heavy, target)
-    constants = {
-        "ROWS": rows,
-        "WIDTH": width,
-        "ONE_TILE": config.block_n >= width,
-        "ALIGNMENT": alignment,
+    constants = Constants(
+        ROWS=rows,
+        WIDTH=width,
+        ONE_TILE=config.block_n >= width,
+        ALIGNMENT=alignment,
         **config.tile,
-    }
+    )
     return RowsPlan(in_place, distances, (ceil_div(rows, config.block_m),), constants)

@@ -23,8 +23,11 @@ from torch import Tensor
 
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import _in_elements, rows_of, sequences_of
+from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import block_d
 from fastattn.kernels._options import AttentionOptions
+from fastattn.kernels._plan import constants_of
 from fastattn.kernels._quantize_config import quantize_tile, select_chunks
 from fastattn.kernels._quantized import E4M3_BLOCK, _first_block, _in_value_order
 from fastattn.kernels._tiles import _load_rows, _sequence, _split_program, _store_rows
@@ -285,22 +288,30 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, asked: AttentionOptions, 
     partials = q.new_empty((sequences, kv_heads, chunks, 2, widest), dtype=torch.float32)
     rows, of_keys = sequences_of(asked), {"KV_HEADS": kv_heads, "SEQ_K": seq_k, "MAX_SEQ_K": longest_k}
     with _target.launching_on(q):
-        _quantize_statistics_kernel[(chunks * kv_heads * sequences,)](
+        launch(
+            _quantize_statistics_kernel, (chunks * kv_heads * sequences,),
+            constants_of(
+                target, **of_keys, CHUNKS=chunks, CHUNK=chunk, HEAD_DIM=head_dim, V_DIM=v_dim,
+                BLOCK_M=config.block_m // 2, BLOCK_D=widest, num_warps=config.num_warps,
+            ),
             k=rows_of(k), v=rows_of(v), partials_ptr=partials, sequences=rows,
-            **of_keys, CHUNKS=chunks, CHUNK=chunk,
-            HEAD_DIM=head_dim, V_DIM=v_dim, BLOCK_M=config.block_m // 2, BLOCK_D=widest, num_warps=config.num_warps,
         )  # fmt: skip
-        _quantize_keys_kernel[(triton.cdiv(longest_k, block) * kv_heads * sequences,)](
+        launch(
+            _quantize_keys_kernel, (ceil_div(longest_k, block) * kv_heads * sequences,),
+            constants_of(
+                target, **of_keys, CHUNKS=chunks, HEAD_DIM=head_dim, V_DIM=v_dim, WIDTH=width,
+                BLOCK_M=block, BLOCK_N=block_n, BLOCK_D=widest, BLOCK_V=made.v.size(3) // block,
+                num_warps=config.keys_warps,
+            ),
             k=rows_of(k), v=rows_of(v), k_out=rows_of(made.k), v_out=rows_of(made.v),
             k_scales_ptr=made.k_scales, statistics_ptr=made.statistics, partials_ptr=partials, sequences=rows,
-            **of_keys, CHUNKS=chunks,
-            HEAD_DIM=head_dim, V_DIM=v_dim, WIDTH=width,
-            BLOCK_M=block, BLOCK_N=block_n, BLOCK_D=widest, BLOCK_V=made.v.size(3) // block,
-            num_warps=config.keys_warps,
         )  # fmt: skip
-        _quantize_queries_kernel[(triton.cdiv(longest_q, config.block_m) * heads * sequences,)](
+        launch(
+            _quantize_queries_kernel, (ceil_div(longest_q, config.block_m) * heads * sequences,),
+            constants_of(
+                target, HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, MAX_SEQ_Q=longest_q,
+                HEAD_DIM=head_dim, WIDTH=width, BLOCK_M=config.block_m, BLOCK_D=widest, num_warps=config.num_warps,
+            ),
             q=rows_of(q), q_out=rows_of(made.q), terms_ptr=made.terms, statistics_ptr=made.statistics, sequences=rows,
-            HEADS=heads, GROUPS=heads // kv_heads, SEQ_Q=seq_q, MAX_SEQ_Q=longest_q,
-            HEAD_DIM=head_dim, WIDTH=width, BLOCK_M=config.block_m, BLOCK_D=widest, num_warps=config.num_warps,
         )  # fmt: skip
     return made

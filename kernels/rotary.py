@@ -14,8 +14,9 @@ from torch import Tensor
 from fastattn.kernels import _target
 from fastattn.kernels._arguments import Rows
 from fastattn.kernels._config import ceil_div
+from fastattn.kernels._launch import launch
 from fastattn.kernels._layout import empty_rows, rows_contiguous
-from fastattn.kernels._plan import planned
+from fastattn.kernels._plan import Constants, planned
 from fastattn.kernels._rotary_config import heads_of_program, select_rotary_config
 from fastattn.kernels._target import Target
 
@@ -276,7 +277,10 @@ def _launch(
     rows = [Rows(t, *strides) for t, strides in zip(tensors, plan.strides, strict=True)]
     x, other_x, y, other_y = rows if len(rows) == 4 else (rows[0], None, rows[1], None)
     with _target.launching_on(cos):
-        _rotary_kernel[plan.grid](
+        launch(
+            _rotary_kernel,
+            plan.grid,
+            plan.constants,
             x=x,
             other_x=other_x,
             y=y,
@@ -291,7 +295,6 @@ def _launch(
             STRIDE_SIN=sin.stride(0),
             INTERLEAVED=interleaved,
             CONJUGATE=conjugate,
-            **plan.constants,
         )
 
 
@@ -300,7 +303,7 @@ class _Plan(NamedTuple):
 
     strides: tuple[tuple[int, int, int], ...]
     grid: tuple[int]
-    constants: dict[str, Any]
+    constants: Constants
 
 
 @planned
@@ -327,19 +330,19 @@ def _plan(
     tiles = batch * ceil_div(seq, config.block_m)
     group = heads_of_program(heads, tiles, config.programs)
     unit = gcd(_MAX_UNIT, *(distance for of in distances for distance in of))
-    constants = {
-        "SEQ": seq,
-        "HEADS": heads[0],
-        "OTHER_HEADS": heads[1] if len(heads) == 2 else 0,
-        "GROUP": group,
-        "UNIT": unit,
-        "HEAD_DIM": head_dim,
-        "PAIRS": pairs,
-        "BLOCK_M": config.block_m,
-        "BLOCK_D": config.block_d,
-        "BLOCK_REST": config.block_rest,
-        "num_warps": config.num_warps,
-    }
+    constants = Constants(
+        SEQ=seq,
+        HEADS=heads[0],
+        OTHER_HEADS=heads[1] if len(heads) == 2 else 0,
+        GROUP=group,
+        UNIT=unit,
+        HEAD_DIM=head_dim,
+        PAIRS=pairs,
+        BLOCK_M=config.block_m,
+        BLOCK_D=config.block_d,
+        BLOCK_REST=config.block_rest,
+        num_warps=config.num_warps,
+    )
     grid = (tiles * sum(ceil_div(count, group) for count in heads),)
     return _Plan(tuple((b // unit, h // unit, m // unit) for b, h, m in distances), grid, constants)
 

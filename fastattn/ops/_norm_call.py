@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import dispatch, reference
 from fastattn.dispatch import (
     TRITON_DTYPES,
     Implementation,
@@ -99,6 +99,8 @@ def at_once(
     """
     adds = features is ADD_LAYER or features is ADD_RMS
     if not (adds or features is LAYER or features is RMS) or torch.compiler.is_compiling():
+        return None
+    if dispatch.INTERPRETING:  # where Triton's kernels come first
         return None
     try:
         dtype = x.dtype

@@ -50,6 +50,13 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
     return call
 
 
+def is_direct(*tensors: Any) -> bool:
+    """Whether a call on these, all of them plain tensors, could go to a launcher at once, as an operator's does."""
+    if torch.compiler.is_compiling() or _is_watched():
+        return False
+    return _are_plain(tensors, _OF_TENSORS, torch.is_grad_enabled())
+
+
 def _is_watched() -> bool:
     """Whether anything but the launcher would learn of an operator's call: a mode, a transform, a tracer, a profiler.
 
@@ -99,6 +106,7 @@ class _Places(dict[tuple[type, ...], "tuple[int, ...]"]):
         return found
 
 
+_OF_TENSORS = _Places(repeat(_TENSORS))
 _OF_LISTS = _Places(repeat(frozenset((type(None), bool, *_TENSORS))))
 
 

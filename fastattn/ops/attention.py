@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation
+from fastattn.ops._attention_again import attend_again
 from fastattn.ops._attention_call import Features, check_attention, four_dimensions
 from fastattn.ops._attention_operators import Result, run_attention
 from fastattn.ops._attention_quantized import run_rounded
@@ -120,7 +121,12 @@ def _pack(
 
 
 _ATTENTION = Operation(
-    "attention", check_attention, ATTENTION_IMPLEMENTATIONS, cast=cast_attention, pack=_pack
+    "attention",
+    check_attention,
+    ATTENTION_IMPLEMENTATIONS,
+    cast=cast_attention,
+    pack=_pack,
+    at_once=attend_again,
 )
 
 

@@ -25,7 +25,8 @@ def test_rows_of_an_operation_without_a_device():
     # An operator's call and an allocation are some microseconds; milliseconds would be a compilation, or a kernel run.
     assert 1 < forward["least_us"] < both["least_us"] < 2000
     assert forward["empty_us"] < forward["least_us"] <= forward["median_us"]
-    assert forward["triton_us"] > 0 and both["triton_us"] > 0
+    # A launch by Triton and two.
+    assert 0 < forward["triton_us"] < both["triton_us"]
     console = Console(width=200, file=io.StringIO())
     report.print_rows(rows, console)
     assert "without a GPU" in console.file.getvalue() and "gelu" in console.file.getvalue()
@@ -74,19 +75,19 @@ def test_a_machine_that_cannot_compile_is_a_row():
 # Forward, and with gradients: what there were with Python 3.11 and PyTorch 2.13 and a tenth, in which other versions
 # differ. Each call of Python is about 0.1 us.
 MOST_CALLS = {
-    "layer_norm": (38, 119),
-    "rms_norm": (38, 117),
-    "add_layer_norm": (48, 131),
-    "attention": (61, 211),
-    "attention_step": (61, None),
-    "cross_entropy": (44, 97),
-    "rotary_embedding": (55, 141),
-    "rotary_embedding_qk": (63, 150),
-    "swiglu": (31, 85),
-    "bias_gelu": (30, 90),
-    "gelu": (31, 81),
-    "mlp": (36, 100),
-    "linear_cross_entropy": (85, 161),
+    "layer_norm": (43, 125),
+    "rms_norm": (43, 123),
+    "add_layer_norm": (53, 138),
+    "attention": (25, 222),
+    "attention_step": (85, None),
+    "cross_entropy": (46, 100),
+    "rotary_embedding": (56, 143),
+    "rotary_embedding_qk": (64, 152),
+    "swiglu": (32, 87),
+    "bias_gelu": (31, 94),
+    "gelu": (28, 75),
+    "mlp": (37, 102),
+    "linear_cross_entropy": (86, 162),
 }
 
 

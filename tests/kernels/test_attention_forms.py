@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.providers.attention_forms import _FormFunction
-from fastattn.kernels import _target
 from fastattn.kernels._attention_config import score_load, select_attention_config
 from fastattn.kernels._attention_forms import (
     FORMS,
@@ -283,46 +282,3 @@ def test_forms_are_a_pure_function() -> None:
         match="form='tma' must be one of pointers, descriptors, specialized, reduction, warp_groups",
     ):
         form_reason(64, bf16, SM_90, "plain", "tma")
-
-
-def test_the_allocator_of_the_caller_stays() -> None:
-    """A kernel that makes descriptors finds an allocator during its launch; nobody else does."""
-    from triton.runtime import _allocation
-
-    before, seen = _allocation._allocator.get(), []
-
-    def kernel(**arguments: object) -> None:
-        seen.append((arguments, _allocation._allocator.get()(256, 128, None)))
-
-    like = torch.empty(1)
-    _target.launcher({(1,): kernel}, (1,), like, True)(x=3)
-    assert seen[0][0] == {"x": 3} and seen[0][1].numel() == 256
-    assert _allocation._allocator.get() is before
-    assert _target.launcher({(1,): kernel}, (1,), like, False) is kernel
-
-
-REAL_SIZES = [
-    AttentionCase(2, 16, 4, 1024, 1024, 64, "top_left", None, torch.bfloat16),
-    AttentionCase(1, 8, 2, 777, 1999, 128, "bottom_right", None, torch.float16),
-    AttentionCase(1, 4, 2, 1025, 511, 80, "bottom_right", None, torch.bfloat16),
-    AttentionCase(1, 4, 1, 640, 1280, 192, False, None, torch.bfloat16),
-    AttentionCase(1, 4, 4, 1000, 1000, 256, "top_left", None, torch.bfloat16),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", REAL_SIZES, ids=str)
-def test_forms_on_the_gpu(case: AttentionCase, form: str) -> None:
-    device = torch.device("cuda")
-    target = _target.target_of(device)
-    reason = form_reason(case.head_dim, case.dtype, target, "plain", form)
-    if reason is not None:
-        pytest.skip(reason)
-    inputs = case.inputs(device)
-    config = select_attention_form(case.head_dim, case.dtype, target, "plain", form)
-    first = run(inputs, options_of(case), config)
-    assert_attention_accurate(case, inputs, dict(zip(RESULTS, first, strict=True)))
-    for _ in range(10):
-        again = run(inputs, options_of(case), config)
-        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

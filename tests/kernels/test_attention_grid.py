@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
-from fastattn.kernels import _target
 from fastattn.kernels._attention_decode_config import select_decode_config
 from fastattn.kernels._attention_grid import FewQueriesGrid, counted_keys, splits_to_fill
 from fastattn.kernels._attention_plan import _forward_plan
@@ -181,16 +181,13 @@ def test_explain_names_the_grid_that_is_launched(
         tensors = (*(t[0].transpose(0, 1) for t in tensors), *starts, seq_q, seq_k)
     launched: list[str] = []
 
-    def launcher(_kernel: Any, grid: tuple[int, ...], *_others: Any) -> Any:
-        def launch(**constants: Any) -> None:
-            parts = [f"{constants['GROUPS']} query heads in a tile"] if constants["FOLDED"] else []
-            parts += [f"keys in {grid[1]} splits"] if constants["SPLIT"] else []
-            launched.append("; the forward with " + " and ".join(parts) if parts else "")
-
-        return launch
+    def launch(_kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], **_others: Any) -> None:
+        parts = [f"{constants['GROUPS']} query heads in a tile"] if constants["FOLDED"] else []
+        parts += [f"keys in {grid[1]} splits"] if constants["SPLIT"] else []
+        launched.append("; the forward with " + " and ".join(parts) if parts else "")
 
     described = fastattn.explain(function, *tensors, **given, implementation="triton").description
-    monkeypatch.setattr(_target, "launcher", launcher)
+    monkeypatch.setattr(import_module("fastattn.kernels.attention_forward"), "launch", launch)
     function(*tensors, **given, implementation="triton")
     assert [described.partition("rows by pointers")[2].partition(" of about ")[0]] == launched
 
