@@ -62,9 +62,10 @@ $(OLDEST)/.installed: $(STAMP)
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
 	@touch $@
 
-oldest: $(OLDEST)/.installed  ## every kernel compiled for sm_90 by the oldest Triton that is supported
+oldest: $(OLDEST)/.installed  ## every kernel compiled for sm_90, and launches compared, by the oldest Triton that is supported
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)"'
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -m benchmarks inspect --arch sm_90 --quiet
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(VENV_PYTHON) -m tests.kernels.launch_twice
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) \
 	    --maxprocesses 8 --dist worksteal tests/kernels/*_warp_groups_code.py \
 	    tests/kernels/test_machine_code.py::test_the_compiler_is_that_of_the_tests $(PYTEST_ARGS)

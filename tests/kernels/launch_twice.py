@@ -16,7 +16,10 @@ from torch import Tensor
 import fastattn
 import fastattn.kernels
 from benchmarks.launch_cost import without_device
+from benchmarks.providers.attention_forms import _FormFunction
 from fastattn.kernels import _launch
+from fastattn.kernels._attention_forms import select_attention_form
+from fastattn.kernels._target import KNOWN_TARGETS
 
 # What reached the driver: the compiled code, the grid and the arguments.
 _reached: list[tuple[Any, ...]] = []
@@ -92,6 +95,16 @@ def _attention_calls() -> Iterator[Callable[[], Tensor]]:
             yield lambda m=mask, s=sinks: fastattn.attention(q, q, q, mask=m, sinks=s)
 
 
+def _formed_calls() -> Iterator[Callable[[], Tensor]]:
+    """Rows by descriptors, which are made anew for each launch, and in Gluon."""
+    for form in ("descriptors", "warp_groups"):
+        config = select_attention_form(64, torch.bfloat16, KNOWN_TARGETS["sm_90"], "plain", form)
+        for seq in (200, 200, 130):
+            yield lambda s=seq, c=config: _FormFunction.apply(
+                *(_at(0, 1, 2, s, 64) for _ in range(3)), True, c
+            )
+
+
 def _repeated() -> Iterator[Callable[[], Any]]:
     """Calls without gradients: those that go past the checks, and caches that grow by a key."""
     for offset in (0, 1, 8, 0):
@@ -120,7 +133,7 @@ def main() -> None:
             if getattr(module, "launch", None) is _launch.launch and module is not _launch:
                 module.launch = _twice(_launch.launch)
         for _ in range(2):
-            for call in _calls():
+            for call in (*_calls(), *_formed_calls()):
                 call().float().sum().backward()
             with torch.no_grad():
                 for call in _repeated():
