@@ -36,6 +36,7 @@ from benchmarks.environment import REPOSITORY
 from benchmarks.measure import Row
 from benchmarks.timing import summarize
 from fastattn import dispatch
+from fastattn.kernels._plan import forget_plans
 
 Call = Callable[[], Any]
 
@@ -79,6 +80,8 @@ def without_device(arch: str = "sm_90") -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for place, name, value in replacements:
             patches.enter_context(mock.patch.object(place, name, value))
+        patches.callback(forget_plans)  # which are those of the stand-in
+        forget_plans()
         yield
 
 
@@ -91,8 +94,6 @@ def without_launches() -> Iterator[None]:
 
 def launches_of(call: Call) -> list[Call]:
     """What Triton's own launches of a call are, once it has kept none."""
-    from fastattn.kernels._plan import forget_plans
-
     found: list[tuple[Any, Any, dict[str, Any]]] = []
     forget_plans()
     with _triton_s_launches(lambda *launch: found.append(launch)):
@@ -215,7 +216,10 @@ def python_calls(call: Call) -> int:
 
 
 def count_calls(operations: list[str]) -> Iterator[Row]:
-    """Rows of the calls of Python forward and with gradients; needs `without_device`, and compiles nothing."""
+    """Rows of the calls of Python forward and with gradients; needs `without_device`, and compiles nothing.
+
+    Of launches that is the first of each: one that is kept is some more, the same for all.
+    """
     with without_launches():
         for gradients in (False, True):
             for name, (call, inputs) in launch_calls(gradients).items():
@@ -223,7 +227,8 @@ def count_calls(operations: list[str]) -> Iterator[Row]:
                     continue
                 if gradients:
                     call = _with_backward(call, inputs)
-                call()  # plans are made
+                for _ in range(3):  # plans are made, and what launches the call again is learned
+                    call()
                 direction = "forward+backward" if gradients else "forward"
                 yield {
                     "operation": "launch",

@@ -10,7 +10,8 @@ Not looked at again: Triton's switches for debugging, which are those of the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
 from operator import itemgetter
@@ -37,6 +38,18 @@ def _find_kind_of() -> Any:
 
 _kind_of = _find_kind_of()
 _backend_of = cache(make_backend)
+_keeps = _kind_of is not None
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within the block, in all threads, each launch is Triton's own: for who listens to those."""
+    global _keeps
+    before, _keeps = _keeps, False
+    try:
+        yield
+    finally:
+        _keeps = before
 
 
 def launch(
@@ -45,29 +58,29 @@ def launch(
     constants: Constants,
     /,
     *,
-    by: Sequence[Tensor] | None = None,
+    by: Sequence[Tensor | None] | None = None,
     scratch: torch.device | None = None,
     **arguments: Any,
 ) -> None:
     """`kernel[grid](**constants, **arguments)` on the current device, which is the constants'.
 
     Args:
-        by: tensors whose dtypes and addresses decide, with the constants, for what the kernel is compiled: no other
-            argument is looked at. None: all are.
+        by: tensors whose dtypes and addresses decide, with the constants, for what the kernel is compiled, or None for
+            those left out: no other argument is looked at. Without it all are.
         scratch: the device, for kernels that make descriptors themselves, in memory that an allocator gives.
         arguments: go before constants of the same name.
     """
     if scratch is not None:
-        copy_context().run(_launch_with_scratch, kernel, grid, constants, scratch, arguments)
+        copy_context().run(_launch_with_scratch, kernel, grid, constants, by, scratch, arguments)
         return
-    if constants.launched and not kernel.pre_run_hooks:
+    if constants.launched and _keeps and not kernel.pre_run_hooks:
         found = constants.launched.get(_key(kernel, grid, constants.backend, by, arguments))
         if found is not None:
             run, pick = found
             run(*pick({**constants, **arguments}))
             return
     compiled = kernel[grid](**{**constants, **arguments})
-    if _kind_of is not None and isinstance(compiled, CompiledKernel):
+    if _keeps and isinstance(compiled, CompiledKernel):
         constants.backend = _backend_of(compiled.metadata.target)
         key = _key(kernel, grid, constants.backend, by, arguments)
         run = compiled[(*grid, 1, 1)[:3]]
@@ -78,6 +91,7 @@ def _launch_with_scratch(
     kernel: Any,
     grid: tuple[int, ...],
     constants: Constants,
+    by: Sequence[Tensor | None] | None,
     device: torch.device,
     arguments: dict[str, Any],
 ) -> None:
@@ -85,17 +99,17 @@ def _launch_with_scratch(
     every launch, because autograd's threads have contexts of their own.
     """
     triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device))
-    launch(kernel, grid, constants, **arguments)
+    launch(kernel, grid, constants, by=by, **arguments)
 
 
 def _key(
     kernel: Any,
     grid: tuple[int, ...],
     backend: Any,
-    by: Sequence[Tensor] | None,
+    by: Sequence[Tensor | None] | None,
     arguments: dict[str, Any],
 ) -> tuple[Any, ...]:
-    """By what a launch is found again. A kernel is one for good, since what it compiled refers to it."""
+    """By what a launch is found again; a kernel's id is its own as long as what it compiled is kept, which holds it."""
     if by is not None:
         return (id(kernel), grid, *[_kind_of(backend, tensor, False, True, True) for tensor in by])
     values = _constexprs_of(kernel)

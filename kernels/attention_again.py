@@ -54,7 +54,7 @@ class PlainForward(NamedTuple):
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, *options: object) -> PlainForward | None:
-    """How tensors like these are launched without options but a causal mask and a window.
+    """How tensors like these are launched without options but a causal mask.
 
     None where that is not all: without queries or keys, with splits of the keys, copies, or rows by descriptors.
     """

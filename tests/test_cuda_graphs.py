@@ -171,3 +171,28 @@ def test_captured_and_replayed(name: str) -> None:
         for again, replayed, eager in zip(first, captured, _step(call, inputs), strict=True):
             assert torch.equal(again, replayed)
             torch.testing.assert_close(replayed, eager)
+
+
+@pytest.mark.gpu
+def test_calls_made_before_are_captured_and_replayed() -> None:
+    """Without gradients, and nothing forced, attention and norms go straight to launches that are kept."""
+    q, x, weight = (make_tensor(*s, device="cuda").half() for s in ((2, 4, 64, 64), (32, 256), (256,)))
+
+    def call() -> list[torch.Tensor]:
+        return [fastattn.attention(q, q, q, causal=True), fastattn.rms_norm(x, (256,), weight)]
+
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(4):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        q.mul_(1.5), x.mul_(1.5), weight.add_(1.0)
+        graph.replay()
+        with fastattn.use_implementation("triton"):
+            expected = call()
+        assert all(map(torch.equal, captured, expected))

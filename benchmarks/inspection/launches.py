@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastattn.kernels import _target
+from fastattn.kernels._launch import nothing_kept
 from fastattn.kernels._target import KNOWN_TARGETS
 
 _SCALARS = ("fp16", "bf16", "fp32", "fp64", "i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
@@ -76,6 +77,7 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
 
     target = KNOWN_TARGETS[arch]
     with (
+        nothing_kept(),
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(InterpretedFunction, "run", record),
         mock.patch.object(_target, "target_of", lambda device: target),

@@ -20,6 +20,7 @@ from benchmarks.measure import first_line, release
 from benchmarks.providers import PROVIDERS, Function
 from benchmarks.timing import Timer, interleave, make_timer
 from fastattn.kernels._config import Key, forced_config
+from fastattn.kernels._launch import nothing_kept
 
 # Which provider runs our kernels, whatever dispatch would choose: the first of these that an operation has.
 _OURS = ("fastattn-fused", "fastattn-triton", "fastattn")
@@ -158,6 +159,7 @@ def running_launches() -> Iterator[list[Launch]]:
         return record
 
     with (
+        nothing_kept(),
         mock.patch.object(JITFunction, "run", recorded(JITFunction.run)),
         mock.patch.object(InterpretedFunction, "run", recorded(InterpretedFunction.run)),
     ):

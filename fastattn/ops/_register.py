@@ -51,7 +51,7 @@ def register(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
 
 
 def is_direct(*tensors: Any) -> bool:
-    """Whether a call on these, all of them plain tensors, could go to a launcher at once, as an operator's does."""
+    """Whether a call on these, plain tensors or None, could go to a launcher at once, as an operator's does."""
     if torch.compiler.is_compiling() or _is_watched():
         return False
     return _are_plain(tensors, _OF_TENSORS, torch.is_grad_enabled())
@@ -106,7 +106,7 @@ class _Places(dict[tuple[type, ...], "tuple[int, ...]"]):
         return found
 
 
-_OF_TENSORS = _Places(repeat(_TENSORS))
+_OF_TENSORS = _Places(repeat(frozenset((type(None), *_TENSORS))))
 _OF_LISTS = _Places(repeat(frozenset((type(None), bool, *_TENSORS))))
 
 

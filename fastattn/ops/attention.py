@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.dispatch import Implementation, Operation
-from fastattn.ops._attention_again import attend_again
-from fastattn.ops._attention_call import Features, check_attention, four_dimensions
+from fastattn.ops._again import Again
+from fastattn.ops._attention_call import Features, check_attention, four_dimensions, options_of
 from fastattn.ops._attention_operators import Result, run_attention
 from fastattn.ops._attention_quantized import run_rounded
 from fastattn.ops._attention_torch import describe_torch, refuse_torch_attention, run_torch_attention
@@ -120,13 +120,53 @@ def _pack(
     return q, k, v, causal, scale, features, return_lse
 
 
+# With fewer queries, as in steps of decoding, keys are split, and their number is another each time.
+_FEWEST_QUERIES_AGAIN = 16
+
+
+def _learn(q: Tensor, k: Tensor, v: Tensor, causal: bool | str, scale: float | None) -> Any:
+    check_attention(q, k, v, causal, scale, None, False)
+    if refuse_triton_attention(q, k, v, causal, scale) is not None:
+        return None
+    from fastattn.kernels.attention_again import plain_forward
+
+    return plain_forward(q, k, v, *options_of(q, k, causal, scale, None))
+
+
+_again = Again(_learn)
+
+
+def _at_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str,
+    scale: float | None,
+    features: Features | None,
+    return_lse: bool,
+) -> Any:
+    """What a call without options launches whose like was made before; None elsewhere."""
+    if features is not None or torch.compiler.is_compiling():
+        return None
+    try:
+        if q.shape[2] < _FEWEST_QUERIES_AGAIN:
+            return None
+    except (AttributeError, IndexError, RuntimeError):
+        return None  # for the check's error
+    run = _again((q, k, v), (causal, type(causal), scale, type(scale)), q, k, v, causal, scale)
+    if run is None:
+        return None
+    found = run(q, k, v)
+    return found if return_lse else found[0]
+
+
 _ATTENTION = Operation(
     "attention",
     check_attention,
     ATTENTION_IMPLEMENTATIONS,
     cast=cast_attention,
     pack=_pack,
-    at_once=attend_again,
+    at_once=_at_once,
 )
 
 

@@ -95,6 +95,25 @@ def _attention_calls() -> Iterator[Callable[[], Tensor]]:
             yield lambda m=mask, s=sinks: fastattn.attention(q, q, q, mask=m, sinks=s)
 
 
+def _other_calls() -> Iterator[Callable[[], Tensor]]:
+    """The kernels that those above do not have."""
+    x, weight = _at(0, 8, 32), _at(0, 32, 32)
+    q, k, starts = _at(0, 40, 2, 16), _at(0, 40, 1, 16), torch.tensor([0, 17, 40], dtype=torch.int32)
+    for offset in (0, 1, 0):
+        yield lambda o=offset: fastattn.mlp(
+            _at(o, 8, 32), weight, None, weight, None, implementation="triton"
+        )
+        yield lambda o=offset: fastattn.linear_cross_entropy(_at(o, 8, 32), weight, torch.arange(8))
+        yield lambda o=offset: fastattn.add_layer_norm(x, _at(o, 8, 32), (32,), weight[0], dropout_p=0.5)[0]
+        yield lambda o=offset: fastattn.attention_varlen(q, k, _at(o, 40, 1, 16), starts, starts, 23, 23)
+        whole = q.detach().transpose(0, 1)[None]
+        yield lambda o=offset, q=whole: fastattn.attention(q, q, q, bias=_at(o, 2, 40, 40), dropout_p=0.2)
+        slopes = torch.ones(2)
+        yield lambda q=whole, s=slopes: fastattn.attention(
+            q, q.clone().requires_grad_(), q, softcap=3.0, alibi_slopes=s
+        )
+
+
 def _formed_calls() -> Iterator[Callable[[], Tensor]]:
     """Rows by descriptors, which are made anew for each launch, and in Gluon."""
     for form in ("descriptors", "warp_groups"):
@@ -113,6 +132,15 @@ def _repeated() -> Iterator[Callable[[], Any]]:
                 yield lambda o=offset, h=heads_last, s=scale: fastattn.attention(
                     *(_heads(o, h) for _ in range(3)), scale=s, causal=True
                 )
+        x, residual = _at(0, 4, 32), _at(0, 4, 32)
+        yield lambda o=offset, x=x: fastattn.layer_norm(x, (32,), _at(o, 32), _at(0, 32))
+        yield lambda o=offset, x=x: fastattn.layer_norm(x, (32,), _at(0, 32), _at(o, 32))
+        yield lambda o=offset, x=x: fastattn.layer_norm(x, (32,), _at(0, 32))
+        yield lambda o=offset: fastattn.rms_norm(_at(o, 4, 32), (32,), eps=0.1)
+        yield lambda o=offset, x=x, r=residual: fastattn.add_layer_norm(x, r, (32,), _at(o, 32))
+        yield lambda o=offset, x=x: fastattn.add_rms_norm(x, _at(o, 4, 32), (32,), _at(0, 32))
+        q = _at(offset, 1, 2, 40, 32)
+        yield lambda q=q: fastattn.attention(q, q, q, quantize="e4m3")
     few, cache = _at(0, 1, 4, 1, 16), _at(0, 1, 2, 600, 16)
     for seq in range(500, 530):
         yield lambda s=seq: fastattn.attention(few, cache[:, :, :s], cache[:, :, :s])
@@ -133,7 +161,7 @@ def main() -> None:
             if getattr(module, "launch", None) is _launch.launch and module is not _launch:
                 module.launch = _twice(_launch.launch)
         for _ in range(2):
-            for call in (*_calls(), *_formed_calls()):
+            for call in (*_calls(), *_other_calls(), *_formed_calls()):
                 call().float().sum().backward()
             with torch.no_grad():
                 for call in _repeated():

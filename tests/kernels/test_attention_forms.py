@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.providers.attention_forms import _FormFunction
+from fastattn.kernels import _target
 from fastattn.kernels._attention_config import score_load, select_attention_config
 from fastattn.kernels._attention_forms import (
     FORMS,
@@ -282,3 +283,30 @@ def test_forms_are_a_pure_function() -> None:
         match="form='tma' must be one of pointers, descriptors, specialized, reduction, warp_groups",
     ):
         form_reason(64, bf16, SM_90, "plain", "tma")
+
+
+REAL_SIZES = [
+    AttentionCase(2, 16, 4, 1024, 1024, 64, "top_left", None, torch.bfloat16),
+    AttentionCase(1, 8, 2, 777, 1999, 128, "bottom_right", None, torch.float16),
+    AttentionCase(1, 4, 2, 1025, 511, 80, "bottom_right", None, torch.bfloat16),
+    AttentionCase(1, 4, 1, 640, 1280, 192, False, None, torch.bfloat16),
+    AttentionCase(1, 4, 4, 1000, 1000, 256, "top_left", None, torch.bfloat16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", REAL_SIZES, ids=str)
+def test_forms_on_the_gpu(case: AttentionCase, form: str) -> None:
+    device = torch.device("cuda")
+    target = _target.target_of(device)
+    reason = form_reason(case.head_dim, case.dtype, target, "plain", form)
+    if reason is not None:
+        pytest.skip(reason)
+    inputs = case.inputs(device)
+    config = select_attention_form(case.head_dim, case.dtype, target, "plain", form)
+    first = run(inputs, options_of(case), config)
+    assert_attention_accurate(case, inputs, dict(zip(RESULTS, first, strict=True)))
+    for _ in range(10):
+        again = run(inputs, options_of(case), config)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,26 +19,19 @@ import fastattn
 from fastattn.kernels._attention_config import select_attention_config
 from fastattn.kernels._attention_tables import AttentionConfig, AttentionTiles
 from fastattn.kernels._config import forced_config
-from fastattn.ops import _attention_again
+from fastattn.ops import _again as again_module
+from fastattn.ops._again import Again
 from fastattn.testing import make_tensor
+from tests.again import taken_again
+
+_again: Again = import_module("fastattn.ops.attention")._again
 
 
 @pytest.fixture
 def again() -> Iterator[list[Tensor]]:
-    """The queries of calls that went past the checks: kept calls are replaced as they are found."""
-    taken: list[Tensor] = []
-    known = _attention_again._known()
-
-    class Known(dict[Any, Any]):
-        def get(self, key: Any, default: Any = None) -> Any:
-            run = super().get(key, default)
-            return run if run is None or run is default else lambda *t: taken.append(t[0]) or run(*t)
-
-    replaced = Known()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_attention_again, "_known", lambda: replaced)
+    """The queries of calls that went past the checks."""
+    with taken_again(_again) as taken:
         yield taken
-    assert known is _attention_again._known()
 
 
 def _qkv(device: torch.device, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_and_layout(name: str, device: torch.device, again: list[Tensor]) -> None:
     sizes, options = CASES[name]
-    for _ in range(3):
+    for _ in range(4):
         tensors = _qkv(device, **sizes)
         found = fastattn.attention(*tensors, **options)
         expected = fastattn.attention(*tensors, **options, implementation="triton")
@@ -94,25 +89,30 @@ def test_calls_that_differ_are_not_mistaken(device: torch.device, again: list[Te
     calls += [((wide[..., :16], k, v), {}), ((q, wide[..., :16], v), {}), ((q, k, wide[..., 16:32]), {})]
     calls += [((q.half(), k.half(), v.half()), {}), ((q, k, v), {"scale": -0.7})]
     expected = [fastattn.attention(*t, **options, implementation="reference") for t, options in calls]
-    for _ in range(2):
+    for _ in range(3):
         for (tensors, options), right in zip(calls, expected, strict=True):
             tolerance = 2e-3 if tensors[0].dtype == torch.float16 else 1e-4
             torch.testing.assert_close(
                 fastattn.attention(*tensors, **options), right, atol=tolerance, rtol=tolerance
             )
     # "lse" is "causal" once more.
-    assert len(again) == len(calls) + 1
+    assert len(again) == len(calls) + 2
 
 
 def test_errors_are_those_of_the_first_call(device: torch.device, again: list[Tensor]) -> None:
     q, k, v = _qkv(device)
-    fastattn.attention(q, k, v, causal=True), fastattn.attention(q, k, v)
+    for scale in (None, 0.5):
+        for causal in (False, True):
+            for _ in range(2):
+                fastattn.attention(q, k, v, causal=causal, scale=scale)
     with pytest.raises(ValueError, match="causal=1 must be"):
         fastattn.attention(q, k, v, causal=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="causal=\\[\\] must be"):
         fastattn.attention(q, k, v, causal=[])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale=nan must be"):
         fastattn.attention(q, k, v, scale=float("nan"))
+    with pytest.raises(ValueError, match=r"scale=Fraction\(1, 2\) must be"):
+        fastattn.attention(q, k, v, scale=Fraction(1, 2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="one dtype"):
         fastattn.attention(q, k.half(), v)
     with pytest.raises(TypeError, match="k must be a torch\\.Tensor, not list"):
@@ -128,7 +128,7 @@ def test_errors_are_those_of_the_first_call(device: torch.device, again: list[Te
 
 def test_gradients_are_recorded(device: torch.device, again: list[Tensor]) -> None:
     q, k, v = _qkv(device)
-    for _ in range(2):
+    for _ in range(3):
         fastattn.attention(q, k, v)
     for place in range(3):
         tensors = [t.clone().requires_grad_(n == place) for n, t in enumerate((q, k, v))]
@@ -154,7 +154,7 @@ class _Mode(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_whoever_watches_sees_the_operator(device: torch.device, again: list[Tensor]) -> None:
     q, k, v = _qkv(device)
-    expected = [fastattn.attention(q, k, v) for _ in range(2)][1]
+    expected = [fastattn.attention(q, k, v) for _ in range(3)][1]
     with _Mode() as mode:
         fastattn.attention(q, k, v)
     assert "fastattn.attention_forward.default" in mode.seen
@@ -171,7 +171,7 @@ def test_whoever_watches_sees_the_operator(device: torch.device, again: list[Ten
 
 def test_what_decides_outside_of_the_arguments(device: torch.device, again: list[Tensor]) -> None:
     q, k, v = _qkv(device)
-    expected = [fastattn.attention(q, k, v) for _ in range(2)][1]
+    expected = [fastattn.attention(q, k, v) for _ in range(3)][1]
     with torch.autocast(device.type, dtype=torch.float16):
         assert fastattn.attention(q, k, v).dtype == torch.float16
     with fastattn.use_implementation("reference"):
@@ -187,7 +187,7 @@ def test_what_decides_outside_of_the_arguments(device: torch.device, again: list
 
 def test_few_queries_and_options_are_not_kept(device: torch.device, again: list[Tensor]) -> None:
     q, k, v = _qkv(device)
-    for _ in range(2):
+    for _ in range(3):
         fastattn.attention(q[:, :, :1], k, v)
         fastattn.attention(q, k, v, window=(3, 0))
         fastattn.attention(q[:, :, :0], k, v)
@@ -198,20 +198,20 @@ def test_few_queries_and_options_are_not_kept(device: torch.device, again: list[
 def test_other_configs_are_taken_at_once(device: torch.device) -> None:
     """Tuning forces configs between two calls: what was known is forgotten with the plans."""
     q, k, v = _qkv(device)
-    fastattn.attention(q, k, v)
-    (before,) = (run for key, run in _attention_again._known().items() if key[0] == q.shape)
+    fastattn.attention(q, k, v), fastattn.attention(q, k, v)
+    (before,) = (run for key, run in _again.known().items() if key[0][0] == q.shape)
     tiles = AttentionTiles(16, 16, 1, 1)
     config = AttentionConfig(tiles, tiles, tiles, delta=tiles)
     with forced_config(select_attention_config, config):
-        assert not _attention_again._known()
-        fastattn.attention(q, k, v)
-        (forced,) = _attention_again._known().values()
+        assert not _again.known()
+        fastattn.attention(q, k, v), fastattn.attention(q, k, v)
+        (forced,) = _again.known().values()
     assert forced.constants["BLOCK_M"] == 16 and forced.grid != before.grid
-    assert not _attention_again._known()
+    assert not _again.known()
 
 
 def test_not_more_is_known_than_is_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_attention_again, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(again_module, "_MOST_KNOWN", 3)
     for seq in range(17, 24):
         fastattn.attention(*_qkv(device, seq_q=seq, heads=1, kv_heads=1))
-        assert 1 <= len(_attention_again._known()) <= 3
+        assert 1 <= len(_again.known()) <= 3
